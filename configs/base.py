@@ -1,0 +1,141 @@
+"""Every field of an experiment, with a usable default, its unit and its meaning.
+
+An experiment file calls `get_config()` and assigns; the returned dict is locked, so assigning to a
+field that does not exist fails with the list of fields. `0`, `""` and `()` mean "off" or "derive".
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the locked base config; `arg` (the text after `file.py:`) is not used here."""
+    del arg
+    config = ml_collections.ConfigDict()
+    config.model = model_config()
+    config.data = data_config()
+    config.optim = optim_config()
+    config.train = train_config()
+    config.eval = eval_config()
+    config.log = log_config()
+    config.lock()
+    return config
+
+
+def model_config() -> ml_collections.ConfigDict:
+    """The model: sizes shared by all schemes, then one sub-config a mixer."""
+    c = ml_collections.ConfigDict()
+    c.name = "transformer"  # transformer | decay
+    c.pattern = ()  # repeating mixer kinds, e.g. ("decay", "decay", "sliding"); () = the model's own
+    c.n_layers = 6  # blocks; a multiple of the pattern's length
+    c.d_model = 256  # width of the residual stream
+    c.n_heads = 4  # query heads
+    c.n_kv_heads = 0  # key/value heads of softmax and sliding: 1 = MQA, 0 = n_heads (MHA)
+    c.d_key = 0  # key width a head; 0 = d_model / n_heads
+    c.d_value = 0  # value width a head; 0 = d_key
+    c.mlp = "swiglu"  # swiglu | gelu
+    c.d_ff = 0  # MLP width; 0 = 8/3 d_model (swiglu) or 4 d_model (gelu), up to a multiple of 32
+    c.norm = "rms"  # rms | layer
+    c.vocab_size = 256  # token ids are 0 .. vocab_size-1; 256 for bytes
+    c.tie_embeddings = True  # output matrix = input embedding
+    c.dropout = 0.0  # probability, on the embedding and on what each mixer and MLP adds
+    c.dtype = "float32"  # matrix-product inputs: float32 | bfloat16 (parameters stay float32)
+    c.remat = "none"  # recompute in the backward pass: none | dots (keep matrix products) | full
+    c.schedule = "layerwise"  # layerwise | sequential | diagonal: order of the (segment, layer) grid
+    c.segment_len = 0  # tokens a segment of the schedule; 0 = the whole call is one segment
+
+    c.softmax = ml_collections.ConfigDict()
+    c.softmax.position = "rotary"  # rotary | relative (learned bias by log-bucketed offset) | none
+    c.softmax.rope_theta = 10_000.0  # longest rotary wavelength is 2 pi rope_theta tokens
+    c.softmax.qk_norm = False  # RMS-normalise queries and keys a head
+    c.softmax.implementation = "auto"  # auto | dense | blockwise | cudnn
+
+    c.sliding = ml_collections.ConfigDict()
+    c.sliding.window_len = 128  # tokens a query sees, itself included
+    c.sliding.position = "rotary"  # as softmax.position
+    c.sliding.rope_theta = 10_000.0
+    c.sliding.qk_norm = False
+    c.sliding.implementation = "auto"  # auto | dense | banded | blockwise | cudnn
+
+    c.decay = ml_collections.ConfigDict()
+    c.decay.kind = "retnet"  # retnet: 1-2^(-5-h) | lightning: exp(-2^(-8(h+1)/H)) | learned | none
+    c.decay.chunk_len = 64  # tokens a chunk of the chunked form
+    c.decay.position = "rotary"  # rotary | none
+    c.decay.rope_theta = 10_000.0
+    c.decay.use_gate = True  # multiply the normalised output by silu(x W)
+    c.decay.implementation = "auto"  # auto | reference | recurrent | chunked
+    return c
+
+
+def data_config() -> ml_collections.ConfigDict:
+    """Where text comes from and how it is cut into windows."""
+    c = ml_collections.ConfigDict()
+    c.name = "python_source"  # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds
+    c.data_dir = ""  # folder of the data set; "" = $LONGCTX_DATA_DIR, else ~/data
+    c.files = ()  # text: file names or globs, read in sorted order
+    c.validation_fraction = 0.05  # text: share of the bytes, before the test share
+    c.test_fraction = 0.05  # text: share of the bytes, at the end
+    c.download = True  # enwik8: fetch it if it is not in data_dir
+    c.tokenizer = "bytes"  # bytes
+    c.seq_len = 256  # tokens a row: the window between two parameter updates
+    c.global_batch_size = 16  # rows a step, over all processes
+    c.order = "stripes"  # stripes: row b of a batch continues row b of the last | shuffled: windows
+    c.n_workers = 0  # data loading threads; 0 = the library's choice
+    return c
+
+
+def optim_config() -> ml_collections.ConfigDict:
+    """Optimizer and learning-rate schedule."""
+    c = ml_collections.ConfigDict()
+    c.name = "adamw"  # adamw | adam | lion | adafactor | muon | sgd
+    c.learning_rate = 1e-3  # peak
+    c.schedule = "cosine"  # cosine | linear | constant | wsd (warm up, stay, decay)
+    c.warmup_steps = 100  # linear, from 0
+    c.final_fraction = 0.1  # learning rate at the end, as a share of the peak
+    c.decay_fraction = 0.2  # wsd: share of the steps spent decaying
+    c.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
+    c.beta1 = 0.9
+    c.beta2 = 0.95
+    c.eps = 1e-8
+    c.clip_norm = 1.0  # global norm of the gradient; 0 = off
+    return c
+
+
+def train_config() -> ml_collections.ConfigDict:
+    """The run: length, state, checkpoints."""
+    c = ml_collections.ConfigDict()
+    c.n_steps = 1_000  # parameter updates
+    c.seed = 0  # of parameters, dropout and data order
+    c.carry_cache = True  # stripes: hand each window's final cache (no gradient) to the next
+    c.cache_len = 0  # tokens a full-attention cache keeps on a stream; 0 = data.seq_len
+    c.n_microbatches = 1  # gradient accumulation within a step
+    c.loss_chunk_len = 0  # tokens whose logits exist at once in the loss; 0 = all
+    c.ema_decay = 0.0  # exponential average of the weights, used by evaluation; 0 = off
+    c.init_from = ""  # work directory whose weights start this run; "" = fresh
+    c.checkpoint_every = 500  # steps; the last step is always saved
+    c.keep_latest = 2  # checkpoints
+    c.keep_every = 0  # steps: these checkpoints are never deleted; 0 = off
+    c.profile_start = 0  # first step of the profiler window (trace in workdir/profile)
+    c.profile_steps = 0  # length of the profiler window; 0 = off
+    return c
+
+
+def eval_config() -> ml_collections.ConfigDict:
+    """Evaluation during training and by `scripts.evaluate`."""
+    c = ml_collections.ConfigDict()
+    c.every = 500  # steps; 0 = only at the end
+    c.split = "validation"  # during training
+    c.max_bytes = 0  # of the split, during training; 0 = all
+    c.batch_size = 8  # the split is cut into this many stripes, each with its own carried cache
+    c.seq_len = 0  # tokens a call; 0 = data.seq_len
+    c.cache_len = 0  # tokens a full-attention cache keeps; 0 = train.cache_len
+    return c
+
+
+def log_config() -> ml_collections.ConfigDict:
+    """Where metrics go, besides the console and metrics.jsonl."""
+    c = ml_collections.ConfigDict()
+    c.every = 20  # steps between metric records
+    c.tensorboard = True
+    c.wandb = False  # needs the extra `wandb`
+    c.wandb_project = "longctx_jax"
+    return c
