@@ -1,0 +1,334 @@
+"""What every script shares: the flags `--config`, `--workdir`, `--debug`, and one way to fail.
+
+A mistake of the user (unknown flag or config field, wrong type, missing file, a `ValueError` that
+this project raises on purpose) ends with one paragraph on stderr and no traceback; exit code 2 when
+the command line is wrong, 1 otherwise. Everything else is a bug and keeps its traceback.
+"""
+
+import difflib
+import importlib.util
+import linecache
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+flags.disclaim_key_flags()  # the flags defined here belong to the script that asks for them
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+# Raised by our own `raise` statements for what a user can repair (house rules, errors).
+_USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError)
+_CONFIG_ERRORS = (AttributeError, KeyError, ValueError, TypeError)
+_PARSE_ERRORS = (flags.Error, OSError, *_CONFIG_ERRORS)
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong; ends the script with exit code 2."""
+
+
+def config_flag(default: str | None = None) -> flags.FlagHolder[ml_collections.ConfigDict]:
+    """Defines `--config=FILE` (with `--config.field=value`) and returns its holder.
+
+    Args:
+        default: path of the config file when the flag is absent; None makes the flag required.
+    """
+    holder = config_flags.DEFINE_config_file(
+        "config", default, "Config file, e.g. configs/quickstart.py.", lock_config=True
+    )
+    if default is None:
+        flags.mark_flag_as_required("config")
+    return holder
+
+
+def workdir_flag(
+    help_text: str = "Folder of the run: checkpoints, metrics, samples.",
+) -> flags.FlagHolder[str]:
+    """Defines the required flag `--workdir=DIR` and returns its holder."""
+    return flags.DEFINE_string("workdir", None, help_text, required=True)
+
+
+def run(main: Callable[[list[str]], int | None], *, accept_args: bool = False) -> None:
+    """Parses the flags, calls `main(arguments)` and exits; never returns.
+
+    Args:
+        main: gets the positional arguments (without the program's name); returns the exit code,
+            None for 0.
+        accept_args: whether positional arguments are allowed; otherwise one is a usage error.
+    """
+
+    def checked_main(argv: list[str]) -> int | None:
+        arguments = argv[1:]
+        try:
+            if arguments and not accept_args:
+                raise UsageError(
+                    f"this script takes flags only: got {' '.join(arguments)!r}; "
+                    "write --name=value, and quote values with spaces"
+                )
+            return main(arguments)
+        except KeyboardInterrupt:
+            _fail("interrupted", EXIT_INTERRUPTED)
+        except Exception as error:
+            if _debug_wanted() or not is_user_error(error):
+                raise
+            code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+            _fail(error_text(error), code)
+
+    app.run(checked_main, flags_parser=_parse_flags)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether `error` was raised for the user to repair, rather than by a bug.
+
+    File errors are. Value, type, import and not-implemented errors are when the innermost frame is
+    a `raise` statement of this project: that is where a message names rule, value and remedy. The
+    same types coming out of jax, numpy or an unplanned expression are bugs.
+    """
+    if isinstance(error, OSError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return False
+    where = pathlib.Path(frames[-1].filename)
+    if not isinstance(error, _USER_ERRORS) or not _is_ours(where):
+        return False
+    return linecache.getline(str(where), frames[-1].lineno or 0).strip().startswith("raise")
+
+
+def error_text(error: BaseException) -> str:
+    """The message of `error` as one paragraph."""
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # str(KeyError) would add quotes
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{(error.strerror or type(error).__name__).lower()}: {error.filename}"
+    else:
+        text = str(error)
+    # ml_collections puts a whole traceback into the message of a failing config file.
+    if "Traceback (most recent call last)" in text:
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def load_module(path: str, what: str) -> Any:
+    """Imports the Python file at `path` and returns the module.
+
+    Args:
+        path: of the file, relative to the current folder or absolute.
+        what: what the file is, for the error message ("sweep file").
+
+    Raises:
+        FileNotFoundError: if there is no such file; names the closest ones.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(_missing_file_text(path, what))
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"a {what} must be a Python file: got {path!r}; name a .py file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_config(path: str) -> ml_collections.ConfigDict:
+    """The config that the file at `path` (`file.py` or `file.py:argument`) describes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no `get_config`, or assigns a field or type that the schema lacks.
+    """
+    name, _, argument = path.partition(":")
+    module = load_module(name, "config file")
+    if not hasattr(module, "get_config"):
+        raise ValueError(
+            f"a config file must define get_config(): {name} does not; add the function"
+        )
+    try:
+        return module.get_config(argument) if argument else module.get_config()
+    except _CONFIG_ERRORS as error:
+        raise ValueError(
+            f"config file {name} fails: {type(error).__name__}: {error_text(error)}"
+        ) from error
+
+
+def override_problem(config: ml_collections.ConfigDict, field: str, value: str) -> str:
+    """What is wrong with `--config.<field>=<value>`; "" when nothing is.
+
+    Args:
+        config: the config whose fields and types count.
+        field: dotted name without the leading `config.`.
+        value: as typed on the command line.
+    """
+    node: Any = config
+    known = ""
+    for part in field.split("."):
+        if not isinstance(node, ml_collections.ConfigDict):
+            return f"{known} is a value, not a group of fields: got --config.{field}={value}"
+        if part not in node:
+            return _unknown_field_text(config, field, value, known, list(node))
+        node = node[part]
+        known = f"{known}.{part}" if known else part
+    if isinstance(node, ml_collections.ConfigDict):
+        fields = ", ".join(node)
+        return f"config.{field} is a group of fields: got {value!r}; set one of {fields}"
+    if not _fits(node, value):
+        kind = type(node).__name__
+        return f"config.{field} must be {kind}: got {value!r}; the default is {node!r}"
+    return ""
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Absl's flag parser with this module's error messages."""
+    try:
+        _require_config_file(argv)
+        return flags.FLAGS(list(argv))
+    except _PARSE_ERRORS as error:
+        if "--debug" in argv:
+            raise
+        missing = isinstance(error, FileNotFoundError)
+        _fail(_parse_error_text(error, argv), EXIT_FAILED if missing else EXIT_USAGE)
+
+
+def _parse_error_text(error: Exception, argv: Sequence[str]) -> str:
+    """Names the field, the value and the remedy where an override is at fault."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return (
+            f"unknown flag: got --{error.flagname}; "
+            f"{_did_you_mean(error.flagname, flags.FLAGS)}--helpshort lists the flags"
+        )
+    if "must have a value other than None" in str(error):
+        name = str(error).split("Flag --")[1].split(" ")[0]
+        return f"--{name} is required: got none; {_flag_help(name)}"
+    path = _flag_value(argv, "config")
+    if path and not isinstance(error, FileNotFoundError):
+        try:
+            config = load_config(path)
+        except (ValueError, OSError) as cause:  # the file itself is broken: that is the message
+            return error_text(cause)
+        for field, value in _overrides(argv):
+            problem = override_problem(config, field, value)
+            if problem:
+                return problem
+    text = error_text(error)
+    return text if isinstance(error, OSError) else f"{text}; --helpshort lists the flags"
+
+
+def _unknown_field_text(
+    config: ml_collections.ConfigDict, field: str, value: str, known: str, siblings: list[str]
+) -> str:
+    """The message for `field`, of which `known` exists and has the fields `siblings`."""
+    names = list(_flat_names(config))
+    group, _, leaf = field.rpartition(".")
+    near = [n for n in names if n.rpartition(".")[0] == known] if known else names
+    close = difflib.get_close_matches(field, near, n=1, cutoff=0.6)
+    close = close or [n for n in names if n.rpartition(".")[2] == leaf]
+    close = close or difflib.get_close_matches(field, names, n=1, cutoff=0.6)
+    if close:
+        same_group = group and close[0].rpartition(".")[0] == group
+        short = close[0].rpartition(".")[2] if same_group else close[0]
+        hint = f"did you mean {short}? (--config.{close[0]}={value})"
+    else:
+        hint = f"the fields of {known or 'the config'} are {', '.join(siblings)}"
+    return f"unknown config field {field}: got --config.{field}={value}; {hint}"
+
+
+def _flat_names(config: ml_collections.ConfigDict, prefix: str = "") -> Iterable[str]:
+    for name in config:
+        if isinstance(config[name], ml_collections.ConfigDict):
+            yield from _flat_names(config[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _fits(current: Any, value: str) -> bool:
+    """Whether the text `value` can replace a config value of the type of `current`."""
+    try:
+        if isinstance(current, bool):
+            return value.lower() in ("true", "false", "t", "f", "1", "0")
+        if isinstance(current, int):
+            int(value)
+        elif isinstance(current, float):
+            float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _overrides(argv: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """The (field, value) pairs of `--config.field=value` and `--config.field value`."""
+    for index, argument in enumerate(argv):
+        match = re.match(r"--?config\.([^=]+)(=?)(.*)$", argument, re.DOTALL)
+        if match:
+            field, equals, value = match.groups()
+            following = argv[index + 1] if index + 1 < len(argv) else ""
+            yield field, value if equals else following if not following.startswith("-") else "true"
+
+
+def _flag_value(argv: Sequence[str], name: str) -> str:
+    """The last value of `--name=value` or `--name value` in `argv`; "" if absent."""
+    found = ""
+    for index, argument in enumerate(argv):
+        match = re.match(rf"--?{name}(=(.*))?$", argument, re.DOTALL)
+        if match:
+            following = argv[index + 1] if index + 1 < len(argv) else ""
+            found = match.group(2) if match.group(1) else following
+    return found
+
+
+def _require_config_file(argv: Sequence[str]) -> None:
+    """Fails on a missing config file now: ml_collections would only do so at first use."""
+    path = _flag_value(argv, "config").partition(":")[0]
+    if "config" in flags.FLAGS and path and not os.path.isfile(path):
+        raise FileNotFoundError(_missing_file_text(path, "config file"))
+
+
+def _missing_file_text(path: str, what: str) -> str:
+    folder = pathlib.Path(path).parent
+    near = (
+        sorted(str(p) for p in folder.glob("*.py") if p.name != "__init__.py")
+        if folder.is_dir()
+        else []
+    )
+    if not near:
+        hint = "run from the project's root, or give an absolute path"
+    else:
+        hint = (
+            _did_you_mean(path, near)
+            + f"{folder} has {', '.join(pathlib.Path(p).name for p in near)}"
+        )
+    return f"the {what} must exist: got {path}; {hint}"
+
+
+def _did_you_mean(name: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _flag_help(name: str) -> str:
+    return f"give --{name}=...: {flags.FLAGS[name].help}"
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    """Whether `path` belongs to this project rather than to an installed package."""
+    resolved = path.resolve()
+    return resolved.is_relative_to(PROJECT) and "site-packages" not in resolved.parts
+
+
+def _debug_wanted() -> bool:
+    return flags.FLAGS.is_parsed() and _DEBUG.value
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
