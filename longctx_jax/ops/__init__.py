@@ -1,0 +1,1 @@
+"""Pure functions on arrays: the mathematics, with no parameters and no config."""

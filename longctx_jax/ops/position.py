@@ -1,0 +1,104 @@
+"""Positions: rotary (Su et al. 2021), sinusoid (Vaswani et al. 2017), relative bias (Raffel et al.
+2020, log-bucketed) and the relative shift of Transformer-XL (Dai et al. 2019).
+
+Streams are endless here, so angles stay exact at any int32 position: `p * frequency` in float32 would
+lose 0.3 rad at position 5e6. Not here: learned absolute tables (they bound the length).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from longctx_jax.typing import Array, DType, Float, Int
+
+_RADIX = 256
+_DIGITS = 4  # 256^4 = 2^32: every non-negative int32
+
+
+def rotary_frequencies(width: int, theta: float) -> np.ndarray:
+    """Returns theta^(-2i/width) for i < width/2, float64 [width/2], radians a token."""
+    return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+
+def position_angles(
+    positions: Int[Array, "*batch"], frequencies: np.ndarray, dtype: DType = jnp.float32
+) -> Float[Array, "*batch frequency"]:
+    """Returns position * frequency modulo 2 pi, to about 1e-4 rad at any int32 position.
+
+    A position is written in base 256; each digit's angle unit (256^i frequency mod 2 pi) is a
+    constant computed in float64, so no large product is ever rounded.
+
+    Args:
+        positions: non-negative token positions.
+        frequencies: radians a token, [frequency].
+        dtype: of the result; float64 gives the exact product.
+    """
+    if jnp.dtype(dtype) == jnp.float64:
+        return positions.astype(dtype)[..., None] * frequencies
+    angles = jnp.zeros((*positions.shape, len(frequencies)), jnp.float32)
+    for i in range(_DIGITS):
+        digit = (positions // _RADIX**i) % _RADIX
+        unit = np.remainder(frequencies * _RADIX**i + math.pi, 2 * math.pi) - math.pi
+        angles += digit.astype(jnp.float32)[..., None] * unit.astype(np.float32)
+    return angles
+
+
+def rotate(
+    x: Float[Array, "batch seq heads key"], positions: Int[Array, "#batch seq"], theta: float
+) -> Float[Array, "batch seq heads key"]:
+    """Returns x with the pair (i, i + key/2) rotated by its position's angle.
+
+    Then <rotate(q, t), rotate(k, s)> depends on t - s only.
+
+    Raises:
+        ValueError: if the key width is odd.
+    """
+    width = x.shape[-1]
+    if width % 2:
+        raise ValueError(
+            f"rotary positions need an even key width: got {width}; set config.model.d_key to an "
+            "even number or position='none'"
+        )
+    compute_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    angles = position_angles(positions, rotary_frequencies(width, theta), compute_dtype)
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    left, right = jnp.split(x.astype(compute_dtype), 2, axis=-1)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def sinusoid(
+    positions: Int[Array, "batch seq"], width: int, theta: float = 10_000.0
+) -> Float[Array, "batch seq model"]:
+    """Returns [sin(angles), cos(angles)], float32; each half has width/2 frequencies."""
+    angles = position_angles(positions, rotary_frequencies(width, theta))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def relative_bucket(
+    distance: Int[Array, "*shape"], n_buckets: int, max_distance: int
+) -> Int[Array, "*shape"]:
+    """Returns the bucket of a distance query - key >= 0.
+
+    The first half of the buckets holds one distance each; the rest grow geometrically up to
+    `max_distance`, beyond which all share the last bucket. Negative distances map to bucket 0.
+    """
+    exact = n_buckets // 2
+    distance = jnp.maximum(distance, 0)
+    ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
+    scale = (n_buckets - exact) / math.log(max_distance / exact)
+    logarithmic = exact + (jnp.log(ratio) * scale).astype(jnp.int32)
+    return jnp.where(distance < exact, distance, jnp.minimum(logarithmic, n_buckets - 1))
+
+
+def relative_shift(scores: Float[Array, "*batch seq offsets"]) -> Float[Array, "*batch seq offsets"]:
+    """Returns scores indexed by key instead of by distance (Transformer-XL, appendix B).
+
+    Input column c of a row holds the score of distance (offsets - 1 - c); output column s holds
+    the score of key s, for query t at key index s = t + offsets - seq. Columns after the query
+    hold leftovers and must be masked by the caller.
+    """
+    *batch, seq, offsets = scores.shape
+    padded = jnp.pad(scores, [(0, 0)] * len(batch) + [(0, 0), (1, 0)])
+    return padded.reshape(*batch, offsets + 1, seq)[..., 1:, :].reshape(*batch, seq, offsets)
