@@ -1,0 +1,235 @@
+"""enwik8: the first 10^8 bytes of an English Wikipedia dump, and its 4,000,000-byte prefix.
+
+The file is used raw, split 90M/5M/5M bytes by offset as in the published byte-level results. Its
+length and md5 are checked before use. `enwik8_4m` is a set of its own for small experiments: its
+numbers are not enwik8 numbers.
+"""
+
+import functools
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import pathlib
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import IO
+
+from absl import logging
+
+from longctx_jax.data.splits import SPLIT_NAMES, Splits, resolve_data_dir, where_from
+from longctx_jax.data.streams import map_file
+
+ENWIK8_TRAIN_BYTES = 90_000_000
+ENWIK8_VALIDATION_BYTES = 5_000_000
+ENWIK8_TEST_BYTES = 5_000_000
+ENWIK8_BYTES = 100_000_000
+ENWIK8_MD5 = "a1fa5ffddb56f4953e226637dabbb36a"
+ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
+DOWNLOAD_TIMEOUT_S = 20
+DOWNLOAD_LOG_BYTES = 4_000_000  # between two progress lines
+
+ENWIK8_4M_TRAIN_BYTES = 3_600_000
+ENWIK8_4M_VALIDATION_BYTES = 200_000
+ENWIK8_4M_TEST_BYTES = 200_000
+ENWIK8_4M_BYTES = 4_000_000
+ENWIK8_4M_SHA256 = "9f9ca3a41e2b87a0268d00380577e2c308e07959b22a94c8d7b1e8901bdefc37"
+
+COPY_BYTES = 1 << 20
+GET_ENWIK8 = f"fetch {ENWIK8_URL} and unpack it"
+GET_PREFIX = "write it with `head -c 4000000 enwik8 > enwik8_4m`"
+
+
+def load_enwik8(data_dir: str, *, download: bool) -> Splits:
+    """Returns enwik8's splits, unpacking or downloading the file if need be.
+
+    Args:
+        data_dir: `config.data.data_dir`; the file, `.gz` or `.zip` lies there or in `enwik8/`.
+        download: `config.data.download`; try the network if the file is nowhere.
+
+    Raises:
+        FileNotFoundError: if the file is missing and cannot be downloaded.
+        ValueError: if a file is there but is not enwik8.
+    """
+    root = resolve_data_dir(data_dir)
+    path = _find(root, "enwik8", "")
+    if path is None:
+        archive = _find(root, "enwik8", ".gz") or _find(root, "enwik8", ".zip")
+        if archive is None:
+            archive = _obtain(root, where_from(data_dir), download)
+        path = _unpack(archive)
+    _verify_once(path)
+    sizes = (ENWIK8_TRAIN_BYTES, ENWIK8_VALIDATION_BYTES, ENWIK8_TEST_BYTES)
+    return _split_by_offset("enwik8", path, sizes)
+
+
+def load_enwik8_4m(data_dir: str) -> Splits:
+    """Returns the splits of the 4,000,000-byte prefix: 3,600,000/200,000/200,000 bytes.
+
+    Raises:
+        FileNotFoundError: if `enwik8_4m` is neither in the data folder nor in `enwik8_4m/`.
+        ValueError: if the file has another size or sha256.
+    """
+    root = resolve_data_dir(data_dir)
+    path = _find(root, "enwik8_4m", "")
+    if path is None:
+        raise FileNotFoundError(
+            f"enwik8_4m must be a file in {root} or {root / 'enwik8_4m'} ({where_from(data_dir)}): "
+            f"it is in neither; {GET_PREFIX} and put it there, or set config.data.data_dir"
+        )
+    _require(path, ENWIK8_4M_BYTES, "sha256", ENWIK8_4M_SHA256, GET_PREFIX)
+    sizes = (ENWIK8_4M_TRAIN_BYTES, ENWIK8_4M_VALIDATION_BYTES, ENWIK8_4M_TEST_BYTES)
+    return _split_by_offset("enwik8_4m", path, sizes)
+
+
+def _find(root: pathlib.Path, name: str, suffix: str) -> pathlib.Path | None:
+    """Returns the file `name + suffix` in `root` or `root/name`, or None."""
+    candidates = (root / f"{name}{suffix}", root / name / f"{name}{suffix}")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _split_by_offset(name: str, path: pathlib.Path, sizes: tuple[int, ...]) -> Splits:
+    build = {}
+    start = 0
+    for split, size in zip(SPLIT_NAMES, sizes, strict=True):
+        build[split] = functools.partial(map_file, f"{name}/{split}", path, start, start + size)
+        start += size
+    return Splits(name, build)
+
+
+def _require(path: pathlib.Path, n_bytes: int, algorithm: str, expected: str, remedy: str) -> None:
+    """Raises ValueError unless the file has this size and this digest."""
+    size = path.stat().st_size
+    if size != n_bytes:
+        kind = "truncated" if size < n_bytes else "too long"
+        raise ValueError(
+            f"{path.name} must have {n_bytes} bytes: {path} has {size} ({kind}); "
+            f"delete it, then {remedy}"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if digest != expected:
+        raise ValueError(
+            f"{path.name} must have {algorithm} {expected}: {path} has {digest}; "
+            f"it is another or a damaged file: delete it, then {remedy}"
+        )
+
+
+def _verify_once(path: pathlib.Path) -> None:
+    """Checks the file, or trusts the note left beside it by an earlier check of the same file."""
+    stat = path.stat()
+    facts = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "md5": ENWIK8_MD5}
+    note = path.with_name(f"{path.name}.verified.json")
+    try:
+        if stat.st_size == ENWIK8_BYTES and json.loads(note.read_text()) == facts:
+            return
+    except (OSError, ValueError):
+        pass  # No note, or not ours: check again.
+    _require(path, ENWIK8_BYTES, "md5", ENWIK8_MD5, GET_ENWIK8)
+    try:
+        _write_atomically(note, lambda file: file.write(json.dumps(facts).encode()))
+    except OSError as error:
+        logging.info("enwik8 check_not_noted path=%s reason=%s", note, error)
+
+
+def _write_atomically(
+    target: pathlib.Path,
+    write: Callable[[IO[bytes]], object],
+    check: Callable[[pathlib.Path], None] | None = None,
+) -> None:
+    """Writes `target` through a temporary file beside it, so that it is whole or absent."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = pathlib.Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        if check is not None:
+            check(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unpack(archive: pathlib.Path) -> pathlib.Path:
+    """Returns `enwik8` written beside `archive`, a `.gz` or `.zip`; only a right file appears."""
+    target = archive.with_suffix("")
+    if target.is_dir():
+        target = target / "enwik8"
+    remedy = f"delete {archive}, then {GET_ENWIK8}"
+    logging.info("enwik8 unpacking archive=%s target=%s", archive, target)
+
+    def check(temporary: pathlib.Path) -> None:
+        try:
+            _require(temporary, ENWIK8_BYTES, "md5", ENWIK8_MD5, GET_ENWIK8)
+        except ValueError as error:
+            message = str(error).replace(str(temporary), f"the content of {archive}")
+            raise ValueError(message.replace(temporary.name, "enwik8")) from None
+
+    try:
+        with _open_archive(archive) as packed:
+            _write_atomically(target, functools.partial(_copy, packed, limit=ENWIK8_BYTES), check)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{archive} must be unpacked beside itself, and its folder cannot be written "
+            f"({error}); unpack it elsewhere and set config.data.data_dir to that folder"
+        ) from error
+    except (EOFError, KeyError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{archive} must be a whole archive of enwik8: it has {archive.stat().st_size} bytes "
+            f"and cannot be unpacked ({error}); {remedy}"
+        ) from error
+    return target
+
+
+def _open_archive(archive: pathlib.Path) -> IO[bytes]:
+    if archive.suffix == ".gz":
+        return gzip.open(archive, "rb")
+    with zipfile.ZipFile(archive) as packed:  # The member keeps its own handle open.
+        return packed.open("enwik8")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], *, limit: int) -> None:
+    """Copies `source`, stopping soon after `limit` bytes: enough to see that it is too long."""
+    n_bytes = 0
+    while n_bytes <= limit and (data := source.read(COPY_BYTES)):
+        target.write(data)
+        n_bytes += len(data)
+
+
+def _obtain(root: pathlib.Path, chosen_by: str, download: bool) -> pathlib.Path:
+    """Returns `enwik8.zip` after downloading it into `root`, or says what to put where."""
+    archive = root / "enwik8.zip"
+    reason = "config.data.download is False"
+    if download:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _write_atomically(archive, _download)
+            return archive
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"downloading {ENWIK8_URL} failed ({type(error).__name__}: {error})"
+    raise FileNotFoundError(
+        f"enwik8, enwik8.gz or enwik8.zip must be in {root} or {root / 'enwik8'} ({chosen_by}): "
+        f"none is there, and {reason}; fetch {ENWIK8_URL} by other means and put it at {archive}, "
+        "or set config.data.data_dir to the folder that has it"
+    )
+
+
+def _download(target: IO[bytes]) -> None:
+    """Writes the published archive to `target`, logging progress; raises OSError on a short one."""
+    logging.info("enwik8 downloading url=%s", ENWIK8_URL)
+    with urllib.request.urlopen(ENWIK8_URL, timeout=DOWNLOAD_TIMEOUT_S) as response:
+        expected = int(response.headers.get("Content-Length") or 0)
+        n_bytes = logged = 0
+        while data := response.read(COPY_BYTES):
+            target.write(data)
+            n_bytes += len(data)
+            if n_bytes - logged >= DOWNLOAD_LOG_BYTES:
+                logging.info("enwik8 downloading bytes=%d of=%d", n_bytes, expected)
+                logged = n_bytes
+    if n_bytes < expected:
+        raise OSError(f"the connection ended after {n_bytes} of {expected} bytes")

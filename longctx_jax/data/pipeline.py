@@ -1,0 +1,301 @@
+"""Batches in an order that is a function of (seed, step, global batch size) alone.
+
+Grain gives the order: an index dataset whose item `i` is where row `i` starts (row `b` of step `s`
+is item `s * global_batch_size + b`); a process takes every `process_count`-th row and batches them.
+So neither the number of processes, nor threads, nor a restart changes what a step contains. Two
+orders exist: "stripes", where row b of a batch continues row b of the last one, and "shuffled"
+windows. Evaluation has its own walk over a split, `evaluation_stripes`. Not here: moving batches to
+devices.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from longctx_jax.data.streams import TextStream
+from longctx_jax.data.tokenizers import Tokenizer, TokenStream, check_ids, tokenize
+
+# Fields of a batch, each [rows, seq_len]: tokens int32 (inputs), targets int32 (the next tokens),
+# weights float32 (1 = counts), segment_ids int32 (document of each input token: constant within a
+# document, growing along a row's stream). Evaluation adds target_bytes int32 (text bytes a target).
+Batch = dict[str, np.ndarray]
+
+ORDERS = ("stripes", "shuffled")
+MAX_SEED = 2**32 - 1
+_N_STRIPE_ROWS = 2**62  # "for ever"
+_SEGMENT_MODULUS = 2**31  # segment ids stay non-negative int32
+PREFETCH_PER_THREAD = 2  # batches held ready
+
+
+def make_dataset(
+    stream: TextStream,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    seed: int,
+    order: str,
+    vocab_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset[Batch]:
+    """Returns an endless dataset whose item `s` is this process's batch of step `s`.
+
+    stripes: row b is the cyclic stream that starts at token (offset(seed) + b * (N // B)) mod N,
+    for ever; step s has its tokens s * seq_len onwards. Each return to the start of the stream adds
+    the number of documents to the segment ids. shuffled: the (N - 1) // seq_len windows of seq_len
+    inputs are put in a fresh order each epoch; a batch may span two epochs.
+
+    Args:
+        stream: text of one split.
+        tokenizer: how to cut it.
+        seq_len: tokens a row.
+        global_batch_size: rows a step, over all processes.
+        seed: of the order.
+        order: "stripes" or "shuffled".
+        vocab_size: number of ids the model knows; a batch with others raises ValueError.
+        process_index: this process gets rows process_index, process_index + process_count, ...
+        process_count: number of processes; divides global_batch_size.
+
+    Returns:
+        A random-access dataset of `Batch` with global_batch_size / process_count rows.
+
+    Raises:
+        ValueError: for settings that contradict each other or a stream too short for one batch.
+    """
+    tokens = tokenize(stream, tokenizer)
+    if process_count < 1 or not 0 <= process_index < process_count:
+        raise ValueError(
+            "process_index must lie in 0 .. process_count-1: got "
+            f"process_index={process_index}, process_count={process_count}"
+        )
+    starts = _row_starts(tokens, seq_len, global_batch_size, seed, order)
+    if global_batch_size % process_count:
+        raise ValueError(
+            "the number of processes must divide config.data.global_batch_size: got "
+            f"global_batch_size={global_batch_size}, process_count={process_count}; change "
+            "config.data.global_batch_size to a multiple"
+        )
+    read = functools.partial(_read_row, tokens, seq_len, vocab_size)
+    return starts[process_index::process_count].map(read).batch(global_batch_size // process_count)
+
+
+def position_of(
+    stream: TextStream,
+    tokenizer: Tokenizer,
+    step: int,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    seed: int,
+    order: str,
+) -> str:
+    """Returns words for a message: where row 0 of a step lies; arguments as `make_dataset`."""
+    tokens = tokenize(stream, tokenizer)
+    start = _row_starts(tokens, seq_len, global_batch_size, seed, order)[step * global_batch_size]
+    position = start % tokens.n_tokens
+    return (
+        f"source={tokens.name} step={step} row=0 byte_offset={tokens.byte_offset(position)} "
+        f"document={int(tokens.document_index(position))} order={order} seed={seed}"
+    )
+
+
+def make_iterator(
+    dataset: grain.MapDataset[Batch], start_step: int = 0, n_workers: int = 0
+) -> grain.DatasetIterator[Batch]:
+    """Returns an iterator over steps `start_step`, `start_step + 1`, ... that reads ahead.
+
+    Its state is `{"next_index": step}`, so it starts at any step at no cost.
+
+    Args:
+        dataset: from `make_dataset`.
+        start_step: the first step.
+        n_workers: threads, `config.data.n_workers`; 0 = grain's default (16).
+    """
+    if n_workers < 0:
+        raise ValueError(
+            f"config.data.n_workers must be at least 0: got {n_workers}; 0 is the library's choice"
+        )
+    n_threads = n_workers or grain.ReadOptions().num_threads
+    options = grain.ReadOptions(
+        num_threads=n_threads, prefetch_buffer_size=PREFETCH_PER_THREAD * n_threads
+    )
+    iterator = iter(dataset.to_iter_dataset(options))
+    set_state(iterator, {"next_index": start_step})
+    return iterator
+
+
+def get_state(iterator: grain.DatasetIterator[Batch]) -> dict[str, int]:
+    """Returns where the iterator stands: `{"next_index": step}` of the batch it gives next."""
+    return dict(iterator.get_state())
+
+
+def set_state(iterator: grain.DatasetIterator[Batch], state: dict[str, Any]) -> None:
+    """Moves the iterator to a state from `get_state`, at no cost.
+
+    Raises:
+        ValueError: if the state is not `{"next_index": step}` with a step >= 0.
+    """
+    step = state.get("next_index")
+    if set(state) != {"next_index"} or not isinstance(step, int) or step < 0:
+        raise ValueError(f'a data state must be {{"next_index": step >= 0}}: got {state}')
+    iterator.set_state(state)
+
+
+def _row_starts(
+    tokens: TokenStream, seq_len: int, global_batch_size: int, seed: int, order: str
+) -> grain.MapDataset[int]:
+    """Returns the dataset of the token positions where rows start, counted on past the end.
+
+    Item `s * global_batch_size + b` is row b of step s over all processes.
+    """
+    for field, value in (("seq_len", seq_len), ("global_batch_size", global_batch_size)):
+        if value < 1:
+            raise ValueError(f"config.data.{field} must be at least 1: got {value}; raise it")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"config.train.seed must lie in 0 .. {MAX_SEED}: got {seed}; change it")
+    if order == "stripes":
+        if tokens.n_tokens < 2 * global_batch_size:
+            raise _too_short(tokens, seq_len, global_batch_size, order, 2 * global_batch_size)
+        start = functools.partial(
+            _stripe_start, tokens.n_tokens, seq_len, global_batch_size, _offset(tokens, seed)
+        )
+        return grain.MapDataset.range(_N_STRIPE_ROWS).map(start)
+    if order == "shuffled":
+        n_windows = (tokens.n_tokens - 1) // seq_len
+        if n_windows < global_batch_size:
+            needed = seq_len * global_batch_size + 1
+            raise _too_short(tokens, seq_len, global_batch_size, order, needed)
+        windows = grain.MapDataset.range(n_windows).seed(seed).shuffle().repeat()
+        return windows.map(lambda window: int(window) * seq_len)
+    raise ValueError(
+        f"config.data.order must be one of {ORDERS}: got {order!r}; set it to one of them"
+    )
+
+
+def _too_short(
+    tokens: TokenStream, seq_len: int, global_batch_size: int, order: str, needed: int
+) -> ValueError:
+    return ValueError(
+        f"{tokens.name} must have at least {needed} tokens for one batch in order {order!r}: it "
+        f"has {tokens.n_tokens}, with seq_len={seq_len}, global_batch_size={global_batch_size}; "
+        "lower config.data.global_batch_size or config.data.seq_len, or give more text"
+    )
+
+
+def _offset(tokens: TokenStream, seed: int) -> int:
+    """Returns where stripe 0 begins; a hash, so that it never depends on a library's version."""
+    digest = hashlib.sha256(f"stripes {seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % tokens.n_tokens
+
+
+def _stripe_start(
+    n_tokens: int, seq_len: int, global_batch_size: int, offset: int, index: int
+) -> int:
+    """Returns where row `index` starts, counting on past the end of the cyclic stream.
+
+    A stripe that begins beyond the end begins on the next lap; laps only ever count up along it.
+    """
+    step, row = divmod(int(index), global_batch_size)
+    return offset + row * (n_tokens // global_batch_size) + step * seq_len
+
+
+def _read_row(tokens: TokenStream, seq_len: int, vocab_size: int, start: int) -> Batch:
+    """Returns one row, fields [seq_len], of the cyclic stream from `start` on."""
+    lap, position = divmod(start, tokens.n_tokens)
+    ids, segments = [], []
+    missing = seq_len + 1
+    while missing:
+        stop = min(position + missing, tokens.n_tokens)
+        piece = tokens.read(position, stop)
+        check_ids(piece, vocab_size, tokens.name, position)
+        ids.append(piece)
+        documents = tokens.document_index(np.arange(position, stop))
+        segments.append(documents + lap * tokens.n_documents)
+        missing -= stop - position
+        lap, position = lap + 1, 0
+    row = np.concatenate(ids)
+    return {
+        "tokens": row[:-1],
+        "targets": row[1:],
+        "weights": np.ones(seq_len, np.float32),
+        "segment_ids": (np.concatenate(segments)[:-1] % _SEGMENT_MODULUS).astype(np.int32),
+    }
+
+
+def evaluation_stripes(
+    tokens: TokenStream,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_bytes: int = 0,
+    vocab_size: int = 0,
+) -> Iterator[Batch]:
+    """Returns an iterator of batches whose targets are tokens 1 .. N-1 of a split, each once.
+
+    The targets are cut into `batch_size` contiguous stripes whose lengths differ by at most one;
+    row b of each batch continues row b of the last, and the first input of a stripe is the token
+    before its first target. Token 0 has no predecessor: the caller charges it. Padding, at the ends of
+    rows, is 0 in `weights` and `target_bytes`. N = 1 gives no batch.
+
+    Args:
+        tokens: from `tokenize`.
+        batch_size: number of stripes, `config.eval.batch_size`.
+        seq_len: tokens a call, `config.eval.seq_len`.
+        max_bytes: of the split, `config.eval.max_bytes`; 0 = all.
+        vocab_size: number of ids the model knows; others raise ValueError. 0 = not checked.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+    for field, value, least in (
+        ("config.eval.batch_size", batch_size, 1),
+        ("config.eval.seq_len (or config.data.seq_len)", seq_len, 1),
+        ("config.eval.max_bytes", max_bytes, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{field} must be at least {least}: got {value}; raise it")
+    n_tokens = tokens.tokens_within(max_bytes) if max_bytes else tokens.n_tokens
+    short, n_longer = divmod(max(n_tokens - 1, 0), batch_size)
+    rows = np.arange(batch_size)
+    starts = 1 + rows * short + np.minimum(rows, n_longer)  # first target of each stripe
+    stops = starts + short + (rows < n_longer)
+    n_batches = -(-(short + (n_longer > 0)) // seq_len)
+    return (
+        _evaluation_batch(tokens, starts + k * seq_len, stops, seq_len, vocab_size)
+        for k in range(n_batches)
+    )
+
+
+def _evaluation_batch(
+    tokens: TokenStream, starts: np.ndarray, stops: np.ndarray, seq_len: int, vocab_size: int
+) -> Batch:
+    """Returns one batch: row b has targets starts[b] .. min(starts[b] + seq_len, stops[b]) - 1."""
+    shape = (starts.size, seq_len)
+    batch = {
+        "tokens": np.zeros(shape, np.int32),
+        "targets": np.zeros(shape, np.int32),
+        "weights": np.zeros(shape, np.float32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "target_bytes": np.zeros(shape, np.int32),
+    }
+    for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        n_targets = min(seq_len, stop - start)
+        if n_targets <= 0:
+            continue
+        ids = tokens.read(start - 1, start + n_targets)
+        if vocab_size:
+            check_ids(ids, vocab_size, tokens.name, start - 1)
+        segments = tokens.document_index(np.arange(start - 1, start - 1 + n_targets))
+        batch["tokens"][row, :n_targets] = ids[:-1]
+        batch["targets"][row, :n_targets] = ids[1:]
+        batch["weights"][row, :n_targets] = 1.0
+        # Padding stays in the last document, so that it resets nothing.
+        batch["segment_ids"][row, :n_targets] = segments
+        batch["segment_ids"][row, n_targets:] = segments[-1]
+        batch["target_bytes"][row, :n_targets] = tokens.tokenizer.token_bytes(ids[1:])
+    return batch
