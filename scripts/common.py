@@ -229,10 +229,11 @@ def _unknown_field_text(
     """The message for `field`, of which `known` exists and has the fields `siblings`."""
     names = list(_flat_names(config))
     group, _, leaf = field.rpartition(".")
-    near = [n for n in names if n.rpartition(".")[0] == known] if known else names
-    close = difflib.get_close_matches(field, near, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(field, names, n=1, cutoff=0.85)
+    if not close and known == group:
+        prefix = f"{group}." if group else ""
+        close = [prefix + n for n in difflib.get_close_matches(leaf, siblings, n=1)]
     close = close or [n for n in names if n.rpartition(".")[2] == leaf]
-    close = close or difflib.get_close_matches(field, names, n=1, cutoff=0.6)
     if close:
         same_group = group and close[0].rpartition(".")[0] == group
         short = close[0].rpartition(".")[2] if same_group else close[0]

@@ -1,0 +1,1 @@
+"""Benchmarks and the figures made from recorded files."""

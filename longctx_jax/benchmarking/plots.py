@@ -1,0 +1,236 @@
+"""Figures from recorded metrics: training curves of runs, and the summary of a sweep.
+
+Pure functions from records (see `longctx_jax.training.metrics`) or rows to matplotlib figures; no
+files are read and no display or global pyplot state is touched.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+
+LABELS = {
+    "step": "step (parameter updates)",
+    "tokens": "training tokens",
+    "seconds": "training time (s)",
+    "loss": "loss (nats per token)",
+    "bits_per_byte": "bits per byte",
+    "nats_per_token": "nats per token",
+    "tokens_per_s": "speed (tokens/s)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+}
+_MAX_INSIDE_LEGEND = 4  # more runs than this get their legend below the panels
+
+
+def draw_training_curves(
+    runs: Mapping[str, Records],
+    *,
+    x: str = "step",
+    y: str = "bits_per_byte",
+    panel: str = "tokens_per_s",
+) -> Figure:
+    """Training curves with evaluation points above, a second quantity below.
+
+    Args:
+        runs: records of each run, by the label it gets in the legend.
+        x: key of the horizontal axis: step, tokens or seconds.
+        y: key of the upper panel; evaluations are the records with `eval/<y>`.
+        panel: key of the lower panel.
+
+    Returns:
+        The figure: each training curve is drawn light, its moving average strong, evaluations as
+        points joined by a line.
+
+    Raises:
+        ValueError: if there is no run, or no record has `y` or `eval/<y>` together with `x`.
+    """
+    if not runs:
+        raise ValueError("a plot needs at least one run: got none; name a run's work directory")
+    for label, records in runs.items():
+        if not any(len(values(records, x, key)[0]) for key in (y, f"eval/{y}")):
+            keys = sorted({key for record in records for key in record})
+            raise ValueError(
+                f"run {label} must record {y} or eval/{y} against {x}: "
+                f"it has {', '.join(keys) or 'no records'}; choose --x and --y among these"
+            )
+    figure = Figure(figsize=(9, 7), layout="constrained", dpi=120)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
+    colors = _colors(len(runs))
+    for color, (label, records) in zip(colors, runs.items(), strict=True):
+        _draw_curve(above, records, x, y, color, label)
+        below.plot(*values(records, x, panel), color=color, linewidth=1.2)
+    _zoom(above, [values(r, x, key) for r in runs.values() for key in (y, f"eval/{y}")])
+    above.set_ylabel(LABELS.get(y, y))
+    below.set_ylabel(LABELS.get(panel, panel))
+    below.set_xlabel(LABELS.get(x, x))
+    if panel != "learning_rate":
+        below.set_ylim(bottom=0)
+    else:
+        below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _draw_legend(figure, above, len(runs))
+    return figure
+
+
+def draw_sweep(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], *, y: str) -> Figure:
+    """The final result of each run of a sweep.
+
+    With a numeric override of at least two values: lines against it, one a combination of the other
+    overrides. Otherwise: one horizontal bar a run, best first.
+
+    Args:
+        rows: one a finished run: `run`, the overrides in `fields`, and `y`.
+        fields: names of the overrides.
+        y: the result, lower is better.
+
+    Raises:
+        ValueError: if no row has a finite `y`.
+    """
+    rows = [r for r in rows if isinstance(r.get(y), int | float) and math.isfinite(r[y])]
+    if not rows:
+        raise ValueError(f"a sweep plot needs a finished run with {y}: got none; see the logs")
+    axis = _numeric_field(rows, fields)
+    if axis:
+        return _draw_sweep_lines(rows, axis, [f for f in fields if f != axis], y)
+    rows = sorted(rows, key=lambda r: r[y])
+    figure = Figure(figsize=(8, 1.6 + 0.35 * len(rows)), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    bars = axes.barh([r["run"] for r in rows], [r[y] for r in rows], color="tab:blue", height=0.6)
+    axes.bar_label(bars, fmt="%.4g", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(LABELS.get(y, y))
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def values(records: Records, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """The finite points (x, y) of the records that have `y`, in order of step.
+
+    A record that lacks `x` (evaluations need not repeat `tokens` or `seconds`) gets it by linear
+    interpolation over the steps of those that have it.
+
+    Returns:
+        Two float arrays of one length.
+    """
+    ordered = sorted(records, key=lambda r: r["step"])
+    known = [(r["step"], r[x]) for r in ordered if _is_number(r.get(x))]
+    found = [r for r in ordered if _is_number(r.get(y))]
+    if not known or not found:
+        return np.zeros(0), np.zeros(0)
+    steps, xs = np.asarray(known, float).T
+    return (
+        np.interp([r["step"] for r in found], steps, xs),
+        np.asarray([r[y] for r in found], float),
+    )
+
+
+def smooth(points: np.ndarray, window: int) -> np.ndarray:
+    """The centred moving average of `points`, over fewer points near the ends.
+
+    Args:
+        points: [n].
+        window: points averaged; taken as odd.
+
+    Returns:
+        [n].
+    """
+    half = max(window, 1) // 2
+    sums = np.concatenate([[0.0], np.cumsum(points)])
+    index = np.arange(len(points))
+    reach = np.minimum(half, np.minimum(index, len(points) - 1 - index))  # stays centred
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def _draw_curve(axes: Axes, records: Records, x: str, y: str, color: Any, label: str) -> None:
+    xs, ys = values(records, x, y)
+    eval_xs, eval_ys = values(records, x, f"eval/{y}")
+    window = len(ys) // 25
+    if len(ys):
+        axes.plot(xs, ys, color=color, alpha=0.25 if window > 1 else 0.5, linewidth=1)
+    if window > 1:
+        axes.plot(xs, smooth(ys, window), color=color, alpha=0.6, linewidth=1.4)
+    text = f"{label}: {eval_ys[-1]:.3f}" if len(eval_ys) else label
+    marker = "o" if len(eval_ys) else ""
+    axes.plot(eval_xs, eval_ys, color=color, label=text, marker=marker, markersize=5, linewidth=2)
+
+
+def _zoom(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Keeps the first steps, far above the rest, from flattening the curve."""
+    everything = np.concatenate([ys for _, ys in curves])
+    low = everything.min()
+    tops = [ys[len(ys) // 20 :].max() for _, ys in curves if len(ys)]
+    high = max(tops)
+    if high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+
+
+def _draw_legend(figure: Figure, axes: Axes, n_runs: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    title = "run: last evaluation (dots); training is drawn light"
+    if n_runs <= _MAX_INSIDE_LEGEND and max(map(len, labels)) <= 50:
+        axes.legend(handles, labels, loc="upper right", title=title, framealpha=0.9)
+        return
+    n_columns = 1 if max(map(len, labels)) > 50 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns, title=title)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.25 * math.ceil(n_runs / n_columns) + 0.4)
+
+
+def _draw_sweep_lines(
+    rows: Sequence[Mapping[str, Any]], axis: str, others: Sequence[str], y: str
+) -> Figure:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = ", ".join(f"{field}={row[field]}" for field in others if field in row)
+        groups.setdefault(name, []).append(row)
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for color, (name, members) in zip(_colors(len(groups)), groups.items(), strict=True):
+        members = sorted(members, key=lambda r: r[axis])
+        axes.plot(
+            [r[axis] for r in members], [r[y] for r in members], "o-", color=color, label=name
+        )
+    points = sorted({float(r[axis]) for r in rows})
+    if points[0] > 0 and points[-1] / points[0] >= 8:
+        axes.set_xscale("log")
+    if len(points) <= 8:
+        axes.set_xticks(points, [f"{p:g}" for p in points])
+        axes.minorticks_off()
+    axes.set_xlabel(axis)
+    axes.set_ylabel(LABELS.get(y, y))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(groups):
+        outside = len(groups) > _MAX_INSIDE_LEGEND
+        figure.legend(loc="outside lower center", ncols=2) if outside else axes.legend()
+    return figure
+
+
+def _numeric_field(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> str:
+    """The numeric override with the most values, at least two; "" if there is none."""
+    counts = {
+        f: len({r[f] for r in rows}) for f in fields if all(_is_number(r.get(f)) for r in rows)
+    }
+    best = max(counts, key=lambda f: counts[f], default="")
+    return best if best and counts[best] > 1 else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _colors(n: int) -> list[Any]:
+    map_name, positions = ("tab10", np.arange(n)) if n <= 10 else ("turbo", np.linspace(0, 1, n))
+    return list(colormaps[map_name](positions))
