@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -70,6 +71,10 @@ def draw_training_curves(
     above.set_ylabel(LABELS.get(y, y))
     below.set_ylabel(LABELS.get(panel, panel))
     below.set_xlabel(LABELS.get(x, x))
+    if x == "tokens":
+        below.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M rather than 0.2 and 1e7
+    if panel == "tokens_per_s":
+        below.yaxis.set_major_formatter(EngFormatter(sep=""))
     if panel != "learning_rate":
         below.set_ylim(bottom=0)
     else:
@@ -191,6 +196,7 @@ def _draw_legend(figure: Figure, axes: Axes, n_runs: int) -> None:
 def _draw_sweep_lines(
     rows: Sequence[Mapping[str, Any]], axis: str, others: Sequence[str], y: str
 ) -> Figure:
+    others = [f for f in others if len({repr(r.get(f)) for r in rows}) > 1]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         name = ", ".join(f"{field}={row[field]}" for field in others if field in row)
