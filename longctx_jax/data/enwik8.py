@@ -17,7 +17,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import IO
+from typing import IO, cast
 
 from absl import logging
 
@@ -188,7 +188,7 @@ def _unpack(archive: pathlib.Path) -> pathlib.Path:
 
 def _open_archive(archive: pathlib.Path) -> IO[bytes]:
     if archive.suffix == ".gz":
-        return gzip.open(archive, "rb")
+        return cast(IO[bytes], gzip.open(archive, "rb"))
     with zipfile.ZipFile(archive) as packed:  # The member keeps its own handle open.
         return packed.open("enwik8")
 

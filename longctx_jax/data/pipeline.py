@@ -28,6 +28,7 @@ ORDERS = ("stripes", "shuffled")
 MAX_SEED = 2**32 - 1
 _N_STRIPE_ROWS = 2**62  # "for ever"
 _SEGMENT_MODULUS = 2**31  # segment ids stay non-negative int32
+DEFAULT_THREADS = 4  # a row costs a copy from a memory map: more threads only contend
 PREFETCH_PER_THREAD = 2  # batches held ready
 
 
@@ -97,6 +98,7 @@ def position_of(
     """Returns words for a message: where row 0 of a step lies; arguments as `make_dataset`."""
     tokens = tokenize(stream, tokenizer)
     start = _row_starts(tokens, seq_len, global_batch_size, seed, order)[step * global_batch_size]
+    assert start is not None, "the dataset of starts is endless"
     position = start % tokens.n_tokens
     return (
         f"source={tokens.name} step={step} row=0 byte_offset={tokens.byte_offset(position)} "
@@ -114,13 +116,13 @@ def make_iterator(
     Args:
         dataset: from `make_dataset`.
         start_step: the first step.
-        n_workers: threads, `config.data.n_workers`; 0 = grain's default (16).
+        n_workers: threads, `config.data.n_workers`; 0 = `DEFAULT_THREADS`.
     """
     if n_workers < 0:
         raise ValueError(
             f"config.data.n_workers must be at least 0: got {n_workers}; 0 is the library's choice"
         )
-    n_threads = n_workers or grain.ReadOptions().num_threads
+    n_threads = n_workers or DEFAULT_THREADS
     options = grain.ReadOptions(
         num_threads=n_threads, prefetch_buffer_size=PREFETCH_PER_THREAD * n_threads
     )
@@ -239,8 +241,8 @@ def evaluation_stripes(
 
     The targets are cut into `batch_size` contiguous stripes whose lengths differ by at most one;
     row b of each batch continues row b of the last, and the first input of a stripe is the token
-    before its first target. Token 0 has no predecessor: the caller charges it. Padding, at the ends of
-    rows, is 0 in `weights` and `target_bytes`. N = 1 gives no batch.
+    before its first target. Token 0 has no predecessor: the caller charges it. Padding, at the ends
+    of rows, is 0 in `weights` and `target_bytes`. N = 1 gives no batch.
 
     Args:
         tokens: from `tokenize`.

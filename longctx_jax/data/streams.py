@@ -11,6 +11,7 @@ import collections
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -196,7 +197,7 @@ def require_utf8(data: np.ndarray, path: str | os.PathLike) -> None:
         data: uint8 [n_bytes], the whole file.
         path: the file, for the message.
     """
-    view = memoryview(data)
+    view = memoryview(cast(Any, data))
     start = 0
     while start < len(view):
         stop = min(start + UTF8_CHUNK_BYTES, len(view))
