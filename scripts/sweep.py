@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import flags
 
-from longctx_jax.benchmarking import plots
 from longctx_jax.training import sweep as sweeps
 from scripts import common
 
@@ -88,6 +87,8 @@ def summarise(runs: Sequence[sweeps.Run], outcomes: dict[str, str], workdir: pat
     sweeps.write_csv(rows, fields, workdir / "summary.csv")
     made = [str(workdir / "summary.csv")]
     if any(isinstance(row.get("bits_per_byte"), int | float) for row in rows):
+        from longctx_jax.benchmarking import plots  # here: matplotlib takes most of a second
+
         figure = plots.draw_sweep(rows, fields, y="bits_per_byte")
         figure.savefig(workdir / "summary.png")
         made.append(str(workdir / "summary.png"))
