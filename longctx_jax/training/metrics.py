@@ -118,7 +118,7 @@ class JsonLinesWriter:
         for name, value in scalars.items():
             number = float(value)
             record[name] = number if math.isfinite(number) else None
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -108,6 +108,9 @@ def test_value_errors_from_elsewhere_are_bugs():
         common.PROJECT.relative_to("/nowhere/at/all")
     assert common.is_user_error(planned.value)
     assert not common.is_user_error(unplanned.value)
+    with pytest.raises(ValueError) as expression:
+        int("x")  # in a file of ours, but not a `raise`
+    assert not common.is_user_error(expression.value)
 
 
 def test_override_problem_accepts_what_the_parser_accepts():

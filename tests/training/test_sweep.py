@@ -24,15 +24,16 @@ flags = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:])
 workdir = pathlib.Path(flags["workdir"])
 print("training", flags.get("config.mode", "ok"))
 def stop(number, frame):
+    time.sleep(0.8 if mode == "linger" else 0)
     (workdir / "saved").write_text("checkpoint")
     sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
 mode = flags.get("config.mode", "ok")
+signal.signal(signal.SIGTERM, stop)
 if mode == "fail" and not os.path.exists(workdir / "repaired"):
     sys.exit("error: out of luck")
 if mode == "quit":
     sys.exit(0)
-if mode == "wait":
+if mode in ("wait", "linger"):
     (workdir / "waiting").touch()
     time.sleep(30)
 done = {"step": 5, "eval": {"split": "validation", "bits_per_byte": float(flags["config.rate"])}}
@@ -203,21 +204,21 @@ def test_pool_keeps_to_its_number_of_processes(plan):
 
 
 def test_termination_reaches_the_runs_which_save(plan):
-    runs = plan(vary("mode", "wait", "ok"))
-    waiting = runs[0].workdir / "waiting"
+    runs = plan(vary("mode", "wait", "linger", "ok"))
+    waiting = [run.workdir / "waiting" for run in runs[:2]]
 
     def terminate_when_ready():
-        while not waiting.exists():
+        while not all(path.exists() for path in waiting):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=terminate_when_ready)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    outcomes = sweeps.run_pool(runs, 1, lambda line: None)
+    outcomes = sweeps.run_pool(runs, 2, lambda line: None)
     thread.join()
-    assert list(outcomes.values()) == ["interrupted", "not started"]
-    assert (runs[0].workdir / "saved").exists()
+    assert list(outcomes.values()) == ["interrupted", "interrupted", "not started"]
+    assert all((run.workdir / "saved").exists() for run in runs[:2])
     assert signal.getsignal(signal.SIGTERM) == before
 
 
