@@ -103,7 +103,8 @@ def is_user_error(error: BaseException) -> bool:
     where = pathlib.Path(frames[-1].filename)
     if not isinstance(error, _USER_ERRORS) or not _is_ours(where):
         return False
-    return linecache.getline(str(where), frames[-1].lineno or 0).strip().startswith("raise")
+    line = linecache.getline(str(where), frames[-1].lineno or 0)
+    return re.search(r"(^|:)\s*raise\b", line) is not None
 
 
 def error_text(error: BaseException) -> str:
