@@ -146,6 +146,21 @@ def test_archive_without_the_member(load, tmp_path):
         load()
 
 
+def test_folder_that_cannot_be_written_is_named(load, tmp_path, monkeypatch):
+    write_zip(tmp_path / "enwik8.zip")
+
+    def refuse(**kwargs):
+        raise PermissionError(13, "Permission denied", kwargs["dir"])
+
+    monkeypatch.setattr(enwik8.tempfile, "mkstemp", refuse)
+    with pytest.raises(
+        PermissionError, match=r"unpack it elsewhere and set config\.data\.data_dir"
+    ):
+        load()
+    (tmp_path / "enwik8").write_bytes(TEXT)
+    assert_is_enwik8(load())  # works without its note
+
+
 def test_missing_without_download_says_what_to_put_where(load, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.data\.download is False.*put it at") as e:
         load(download=False)
