@@ -11,6 +11,17 @@ PROJECT = pathlib.Path(__file__).resolve().parent.parent
 SHIM = "#!/bin/sh\necho 'command not found' >&2\nexit 127\n"
 TOOLS = ("bash", "sh", "make", "dirname", "grep", "sed", "column")
 
+# The tests themselves may run under make, whose settings must not leak into the ones started here.
+INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON", "EXTRAS")
+
+
+def make(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=20
+    )
+
 
 def fake_python(folder, name, version="", *, has_venv=True):
     """A program that answers like an interpreter of `version`; without one, a failing shim."""
@@ -113,21 +124,19 @@ def test_the_base_of_an_active_environment_is_chosen(choose):
     ],
 )
 def test_targets_run_what_they_say(target, texts):
-    command = ["make", "-n", target, "EXTRAS=cuda13"]
-    out = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    out = make("-n", target, "EXTRAS=cuda13").stdout
     for text in texts:
         assert text in out
 
 
 def test_help_lists_every_documented_target():
-    out = subprocess.run(["make"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    out = make().stdout
     for target in ("venv", "train", "test", "test-slow", "lint", "format", "gpu-check", "clean"):
         assert f"make {target} " in out
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("kept")
-    command = ["make", "-s", "venv", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    done = make("-s", "venv", f"VENV={tmp_path}", f"PYTHON={sys.executable}")
     assert done.returncode != 0 and "must be a virtual environment" in done.stderr
     assert (tmp_path / "precious.txt").read_text() == "kept"
