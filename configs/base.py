@@ -42,6 +42,8 @@ def model_config() -> ml_collections.ConfigDict:
     c.remat = "none"  # recompute in the backward pass: none | dots (keep matrix products) | full
     c.schedule = "layerwise"  # layerwise | sequential | diagonal: order of the (segment, layer) grid
     c.segment_len = 0  # tokens a segment of the schedule; 0 = the whole call is one segment
+    c.n_ramp_buckets = 4  # diagonal: widths its ramps are compiled for; more = less waste
+    c.unroll = 1  # layers a loop iteration: more = longer compilation, less loop overhead
 
     c.softmax = ml_collections.ConfigDict()
     c.softmax.position = "rotary"  # rotary | relative (learned bias by log-bucketed offset) | none

@@ -1,0 +1,186 @@
+"""`Decoder`: the one interface of every model, for training windows, prefill and decoding alike.
+
+The law: however a sequence is split into calls of `apply` with a cache, the logits equal those of one
+call. A training window, a prefill segment and a decode step differ only in length.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.stack import apply_stack, init_stack, init_stack_cache
+from longctx_jax.nn.contract import Aux, advance_documents
+from longctx_jax.nn.embed import Embed
+from longctx_jax.nn.norms import make_norm
+from longctx_jax.typing import PRNGKey, PyTree
+
+
+@flax.struct.dataclass
+class ModelCache:
+    """What a model remembers between calls."""
+
+    layers: tuple[PyTree, ...]  # one stacked cache a pattern position, leaves [layers, batch, ...]
+    last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
+    document: jax.Array  # int32 [batch], number of the document the last token belongs to
+
+
+class DecoderOutput(NamedTuple):
+    """Logits [batch, seq, vocab] float32, the extended cache (None if none was given), and aux."""
+
+    logits: jax.Array
+    cache: ModelCache | None
+    aux: Aux
+
+
+class HiddenOutput(NamedTuple):
+    """Like DecoderOutput, with the normed activations [batch, seq, d_model] before the output matrix."""
+
+    hidden: jax.Array
+    cache: ModelCache | None
+    aux: Aux
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A causal language model: embedding, stack, norm, output matrix. Owns no arrays; hashable.
+
+    A model is a static argument: equal configs share compiled code.
+
+    Variables are {"params": trainable, "model_state": non-gradient state}, both pytrees.
+    """
+
+    config: ModelConfig
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(self, key: PRNGKey) -> dict[str, PyTree]:
+        """Returns fresh variables, float32."""
+        embed_key, stack_key = jax.random.split(key)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
+        params = {
+            "embed": self._embed.init(embed_key, tokens)["params"],
+            "stack": init_stack(self.config, stack_key),
+            "norm": self._norm.init(embed_key, hidden)["params"],
+        }
+        return {"params": params, "model_state": {}}
+
+    def init_cache(self, batch_size: int, max_len: int) -> ModelCache:
+        """Returns an empty cache.
+
+        Args:
+            batch_size: rows.
+            max_len: tokens that full attention can look back on; a longer stream keeps going with
+                the last max_len of them. Mixers of constant memory ignore it.
+
+        Raises:
+            ValueError: if either is not positive.
+        """
+        if batch_size < 1 or max_len < 1:
+            raise ValueError(
+                f"a cache needs at least one row and one token: got batch_size={batch_size}, "
+                f"max_len={max_len}; pass positive sizes"
+            )
+        return ModelCache(
+            layers=init_stack_cache(self.config, batch_size, max_len),
+            last_segment_id=jnp.full((batch_size,), -1, jnp.int32),
+            document=jnp.zeros((batch_size,), jnp.int32),
+        )
+
+    def apply(
+        self,
+        variables: dict[str, PyTree],
+        tokens: jax.Array,
+        cache: ModelCache | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        rngs: dict[str, PRNGKey] | None = None,
+        train: bool = False,
+    ) -> DecoderOutput:
+        """Extends `cache` by `tokens` and returns the logits of every one of them.
+
+        Args:
+            variables: as made by `init`.
+            tokens: int32 [batch, seq], any seq >= 1; row t's logits predict token t + 1.
+            cache: None = empty and not wanted back.
+            segment_ids: int32 [batch, seq], >= 0, the document of each token; a change between
+                neighbours (also across calls) starts a document, which sees nothing before it.
+                None = no boundary within this call.
+            rngs: {"dropout": key}, needed when train and dropout > 0.
+            train: apply dropout.
+        """
+        out = self.hidden(
+            variables, tokens, cache, segment_ids=segment_ids, rngs=rngs, train=train
+        )
+        logits = jnp.einsum(
+            "btd,dz->btz",
+            out.hidden,
+            self.unembedding(variables),
+            preferred_element_type=jnp.promote_types(self.config.dtype, jnp.float32),
+        )
+        return DecoderOutput(logits, out.cache, out.aux)
+
+    # Compiled here so that eager callers compile once a shape; inside an outer jit it is inlined.
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("train",))
+    def hidden(
+        self,
+        variables: dict[str, PyTree],
+        tokens: jax.Array,
+        cache: ModelCache | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        rngs: dict[str, PRNGKey] | None = None,
+        train: bool = False,
+    ) -> HiddenOutput:
+        """As `apply`, without the product with the output matrix (for losses in chunks)."""
+        params = variables["params"]
+        key = self._dropout_key(rngs, train)
+        batch, seq = tokens.shape
+        documents, layers = None, None
+        if cache is not None or segment_ids is not None:
+            last = (jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
+            if cache is not None:
+                last, layers = (cache.last_segment_id, cache.document), cache.layers
+            documents, last_id, document = advance_documents(segment_ids, *last, seq)
+
+        x = self._embed.apply({"params": params["embed"]}, tokens)
+        if key is not None:
+            keep = 1.0 - self.config.dropout
+            mask = jax.random.bernoulli(jax.random.fold_in(key, 0), keep, x.shape)
+            x = jnp.where(mask, x / keep, 0).astype(x.dtype)
+            key = jax.random.fold_in(key, 1)
+        x, layers, aux = apply_stack(
+            self.config, params["stack"], x, documents, layers, key=key, train=train
+        )
+        x = self._norm.apply({"params": params["norm"]}, x)
+        if cache is not None:
+            cache = ModelCache(layers=layers, last_segment_id=last_id, document=document)
+        return HiddenOutput(x, cache, aux)
+
+    def unembedding(self, variables: dict[str, PyTree]) -> jax.Array:
+        """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""
+        params = {"params": variables["params"]["embed"]}
+        return self._embed.apply(params, method="unembedding")
+
+    def _dropout_key(self, rngs, train: bool) -> PRNGKey | None:
+        if not train or self.config.dropout == 0.0:
+            return None
+        if not rngs or "dropout" not in rngs:
+            raise ValueError(
+                f"training with dropout needs a key: got rngs={rngs} and "
+                f"config.model.dropout={self.config.dropout}; pass rngs={{'dropout': key}}"
+            )
+        return rngs["dropout"]
+
+    @property
+    def _embed(self) -> Embed:
+        c = self.config
+        return Embed(c.vocab_size, c.d_model, c.tie_embeddings, c.dtype)
+
+    @property
+    def _norm(self):
+        return make_norm(self.config.norm, self.config.dtype)

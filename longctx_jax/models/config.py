@@ -1,0 +1,204 @@
+"""The frozen form of `config.model`: hashable, validated, the only config that models see."""
+
+import dataclasses
+from typing import Any
+
+from longctx_jax.models.schedules import SCHEDULES
+from longctx_jax.nn import attention, decay_attention
+from longctx_jax.nn.mlp import MLPS
+from longctx_jax.nn.norms import NORMS
+
+DTYPES = ("float32", "bfloat16", "float64")
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+def require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless config.model.<field> is one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(
+            f"config.model.{field} must be one of {list(allowed)}: got {value!r}; choose one of them"
+        )
+
+
+def require_positive(field: str, value: float) -> None:
+    """Raises ValueError unless config.model.<field> > 0."""
+    if not value > 0:
+        raise ValueError(f"config.model.{field} must be positive: got {value}; set it above 0")
+
+
+def require_not_negative(field: str, value: float) -> None:
+    """Raises ValueError unless config.model.<field> >= 0."""
+    if value < 0:
+        raise ValueError(
+            f"config.model.{field} must not be negative: got {value}; 0 means off or derived"
+        )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Returns the divisor of `number` closest to `wanted` (the smaller one of two)."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig:
+    """`config.model.softmax`."""
+
+    position: str = "rotary"
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        require_one_of("softmax.position", self.position, attention.POSITIONS)
+        require_positive("softmax.rope_theta", self.rope_theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingConfig:
+    """`config.model.sliding`."""
+
+    window_len: int = 128
+    position: str = "rotary"
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        require_positive("sliding.window_len", self.window_len)
+        require_one_of("sliding.position", self.position, attention.POSITIONS)
+        require_positive("sliding.rope_theta", self.rope_theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayConfig:
+    """`config.model.decay`."""
+
+    kind: str = "retnet"
+    chunk_len: int = 64
+    position: str = "rotary"
+    rope_theta: float = 10_000.0
+    use_gate: bool = True
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        require_one_of("decay.kind", self.kind, decay_attention.DECAY_KINDS)
+        require_positive("decay.chunk_len", self.chunk_len)
+        require_one_of("decay.position", self.position, decay_attention.POSITIONS)
+        require_positive("decay.rope_theta", self.rope_theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """`config.model`, field by field (units and meanings in configs/base.py).
+
+    After construction the derived sizes are filled in: no zero means "derive" any more.
+
+    Raises:
+        ValueError: on contradictions, naming the field, its value and what to do.
+    """
+
+    name: str = "transformer"
+    pattern: tuple[str, ...] = ()
+    n_layers: int = 6
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int = 0
+    d_key: int = 0
+    d_value: int = 0
+    mlp: str = "swiglu"
+    d_ff: int = 0
+    norm: str = "rms"
+    vocab_size: int = 256
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    schedule: str = "layerwise"
+    segment_len: int = 0
+    n_ramp_buckets: int = 4
+    unroll: int = 1
+    softmax: SoftmaxConfig = SoftmaxConfig()
+    sliding: SlidingConfig = SlidingConfig()
+    decay: DecayConfig = DecayConfig()
+
+    def __post_init__(self):
+        for field in ("n_layers", "d_model", "n_heads", "vocab_size", "n_ramp_buckets", "unroll"):
+            require_positive(field, getattr(self, field))
+        for field in ("n_kv_heads", "d_key", "d_value", "d_ff", "segment_len"):
+            require_not_negative(field, getattr(self, field))
+        require_one_of("mlp", self.mlp, MLPS)
+        require_one_of("norm", self.norm, tuple(NORMS))
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("remat", self.remat, REMAT_POLICIES)
+        require_one_of("schedule", self.schedule, SCHEDULES)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(
+                f"config.model.dropout must be in [0, 1): got {self.dropout}; it is a probability"
+            )
+        self._derive_widths()
+
+    def _derive_widths(self):
+        def fill(field, value):
+            if not getattr(self, field):
+                object.__setattr__(self, field, value)
+
+        if not self.d_key and self.d_model % self.n_heads:
+            raise ValueError(
+                f"config.model.n_heads must divide d_model: got n_heads={self.n_heads}, "
+                f"d_model={self.d_model}; use n_heads={nearest_divisor(self.d_model, self.n_heads)} "
+                "or set config.model.d_key"
+            )
+        fill("d_key", self.d_model // self.n_heads)
+        fill("d_value", self.d_key)
+        fill("n_kv_heads", self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"config.model.n_kv_heads must divide n_heads: got n_kv_heads={self.n_kv_heads}, "
+                f"n_heads={self.n_heads}; "
+                f"use n_kv_heads={nearest_divisor(self.n_heads, self.n_kv_heads)}"
+            )
+        wide = 4 * self.d_model if self.mlp == "gelu" else 8 * self.d_model / 3
+        fill("d_ff", -(-int(wide) // 32) * 32)
+
+    def with_pattern(self, default: tuple[str, ...], known: tuple[str, ...]) -> "ModelConfig":
+        """Returns the config with `pattern` filled in and checked against n_layers."""
+        pattern = tuple(self.pattern) or default
+        for kind in pattern:
+            require_one_of("pattern", kind, known)
+        if self.n_layers % len(pattern):
+            raise ValueError(
+                f"config.model.n_layers must be a multiple of the pattern's length: got n_layers="
+                f"{self.n_layers}, pattern={pattern}; use n_layers="
+                f"{-(-self.n_layers // len(pattern)) * len(pattern)}"
+            )
+        return dataclasses.replace(self, pattern=pattern)
+
+
+def model_config(fields: Any) -> ModelConfig:
+    """Returns the frozen ModelConfig of a `config.model` ConfigDict (or any mapping).
+
+    Raises:
+        ValueError: if a field is unknown or has an impossible value.
+    """
+    nested = {"softmax": SoftmaxConfig, "sliding": SlidingConfig, "decay": DecayConfig}
+    if isinstance(fields, ModelConfig):
+        return fields
+    values = {}
+    for name, value in dict(fields).items():
+        if name in nested and not dataclasses.is_dataclass(value):
+            value = _construct(nested[name], f"{name}.", dict(value))
+        elif name == "pattern":
+            value = (value,) if isinstance(value, str) else tuple(value)
+        values[name] = value
+    return _construct(ModelConfig, "", values)
+
+
+def _construct(kind: type, prefix: str, values: dict[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"config.model.{prefix}{name} is not a field: known are {known}; remove or rename it"
+            )
+    return kind(**values)

@@ -1,0 +1,176 @@
+"""Stacked parameters and caches of a patterned stack, rematerialisation, and its run by a schedule.
+
+Parameters of pattern position p live under "<p>_<kind>" with a leading axis n_layers / P, so one tree
+feeds `lax.scan` over depth, `vmap` over an anti-diagonal, and path rules for sharding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.schedules import run_stack
+from longctx_jax.nn.attention import SoftmaxAttention
+from longctx_jax.nn.blocks import Block
+from longctx_jax.nn.contract import Aux, Documents
+from longctx_jax.nn.decay_attention import DecayAttention
+from longctx_jax.typing import PRNGKey, PyTree
+
+
+def _softmax_mixer(config: ModelConfig, window_len: int, kind: Any) -> SoftmaxAttention:
+    return SoftmaxAttention(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        d_key=config.d_key,
+        d_value=config.d_value,
+        window_len=window_len,
+        position=kind.position,
+        rope_theta=kind.rope_theta,
+        qk_norm=kind.qk_norm,
+        implementation=kind.implementation,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+
+
+def _decay_mixer(config: ModelConfig) -> DecayAttention:
+    return DecayAttention(
+        n_heads=config.n_heads,
+        d_key=config.d_key,
+        d_value=config.d_value,
+        kind=config.decay.kind,
+        chunk_len=config.decay.chunk_len,
+        position=config.decay.position,
+        rope_theta=config.decay.rope_theta,
+        use_gate=config.decay.use_gate,
+        implementation=config.decay.implementation,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+
+
+MIXERS = {
+    "softmax": lambda config: _softmax_mixer(config, 0, config.softmax),
+    "sliding": lambda config: _softmax_mixer(config, config.sliding.window_len, config.sliding),
+    "decay": _decay_mixer,
+}
+
+
+def output_scale(config: ModelConfig) -> float:
+    """Returns the scale of what each half-block adds: the residual stream's variance stays O(1)."""
+    return (2 * config.n_layers) ** -0.5
+
+
+def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
+    """Returns one block a pattern position."""
+    return tuple(
+        Block(
+            mixer=MIXERS[kind](config),
+            mlp=config.mlp,
+            d_ff=config.d_ff,
+            norm=config.norm,
+            dropout=config.dropout,
+            dtype=config.dtype,
+            output_scale=output_scale(config),
+        )
+        for kind in config.pattern
+    )
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    """Returns the parameter subtree's name of each pattern position."""
+    return [f"{p}_{kind}" for p, kind in enumerate(config.pattern)]
+
+
+def init_stack(config: ModelConfig, key: PRNGKey) -> dict[str, PyTree]:
+    """Returns the stacked parameters, leaves [n_layers / P, ...], each layer from its own key."""
+    example = jnp.zeros((1, 2, config.d_model), config.dtype)
+    params = {}
+    for p, (name, block) in enumerate(zip(layer_names(config), make_blocks(config), strict=True)):
+        repeats = range(config.n_layers // len(config.pattern))
+        layers = [r * len(config.pattern) + p for r in repeats]
+        keys = jnp.stack([jax.random.fold_in(key, layer) for layer in layers])
+        params[name] = jax.vmap(lambda k, b=block: b.init(k, example, None)["params"])(keys)
+    return params
+
+
+def init_stack_cache(config: ModelConfig, batch_size: int, max_len: int) -> tuple[PyTree, ...]:
+    """Returns the empty caches, one stacked pytree a pattern position."""
+    repeats = config.n_layers // len(config.pattern)
+
+    def stacked(block: Block) -> PyTree:
+        cache = block.init_cache(batch_size, max_len)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), cache)
+
+    return tuple(stacked(block) for block in make_blocks(config))
+
+
+def apply_stack(
+    config: ModelConfig,
+    params: dict[str, PyTree],
+    x: jax.Array,
+    documents: Documents | None,
+    caches: tuple[PyTree, ...] | None,
+    *,
+    key: PRNGKey | None,
+    train: bool,
+) -> tuple[jax.Array, tuple[PyTree, ...] | None, Aux]:
+    """Runs the stack over [batch, seq, d_model], cut into segments and ordered as config says.
+
+    A last segment shorter than segment_len runs after the others: the split law makes that exact.
+    """
+    stacked = tuple(params[name] for name in layer_names(config))
+    cells = tuple(_make_cell(config, block, train) for block in make_blocks(config))
+    seq = x.shape[1]
+    segment_len = min(config.segment_len or seq, seq)
+    n_full = seq // segment_len
+    wanted_back = caches is not None
+    if caches is None and segment_len < seq:
+        caches = init_stack_cache(config, x.shape[0], seq)
+        if documents is None:
+            documents = Documents(jnp.zeros(x.shape[:2], jnp.int32), None)
+
+    def run(stream, caches, first_segment):
+        return run_stack(
+            cells,
+            stacked,
+            stream,
+            caches,
+            schedule=config.schedule,
+            key=key,
+            first_segment=first_segment,
+            n_ramp_buckets=config.n_ramp_buckets,
+            unroll=config.unroll,
+        )
+
+    def segments(leaf, start, n, length):  # [batch, seq, ...] -> [n, batch, length, ...]
+        leaf = leaf[:, start : start + n * length]
+        return jnp.moveaxis(leaf.reshape(leaf.shape[0], n, length, *leaf.shape[2:]), 1, 0)
+
+    stream = (x, documents)
+    head = jax.tree.map(lambda leaf: segments(leaf, 0, n_full, segment_len), stream)
+    (y, _), caches, aux = run(head, caches, 0)
+    y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])
+    if tail_len := seq - n_full * segment_len:
+        tail = jax.tree.map(lambda leaf: segments(leaf, seq - tail_len, 1, tail_len), stream)
+        (last, _), caches, tail_aux = run(tail, caches, n_full)
+        y = jnp.concatenate([y, last[0]], axis=1)
+        aux = jax.tree.map(jnp.add, aux, tail_aux)
+    return y, caches if wanted_back else None, aux
+
+
+def _make_cell(config: ModelConfig, block: Block, train: bool):
+    """The pure function of one layer: (params, (x, documents), cache, key) -> the same, and aux."""
+
+    def cell(params, stream, cache, key=None):
+        x, documents = stream
+        rngs = {} if key is None else {"dropout": key}
+        y, cache, aux = block.apply({"params": params}, x, cache, documents, train=train, rngs=rngs)
+        return (y, documents), cache, aux
+
+    if config.remat == "none":
+        return cell
+    policies = jax.checkpoint_policies
+    keep = {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(cell, policy=keep[config.remat])

@@ -1,0 +1,1 @@
+"""Linen modules: they own parameters and call ops. Used through `init` and `apply` only."""

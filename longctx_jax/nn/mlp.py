@@ -1,0 +1,31 @@
+"""Feed-forward halves of a block: SwiGLU (Shazeer 2020, arXiv 2002.05202) and GELU."""
+
+import flax.linen as nn
+import jax
+
+
+def dense(features: int, dtype: str, name: str, scale: float = 1.0) -> nn.Dense:
+    """Returns a bias-free linear map whose output has variance scale^2 for unit-variance input."""
+    init = nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x) for "swiglu", down(gelu(up x)) for "gelu"; [..., d_model] -> same."""
+
+    kind: str
+    d_ff: int
+    dtype: str
+    output_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = dense(self.d_ff, self.dtype, "up")(x)
+        if self.kind == "swiglu":
+            hidden = jax.nn.silu(dense(self.d_ff, self.dtype, "gate")(x)) * up
+        else:
+            hidden = jax.nn.gelu(up)
+        return dense(x.shape[-1], self.dtype, "down", self.output_scale)(hidden)
+
+
+MLPS = ("swiglu", "gelu")

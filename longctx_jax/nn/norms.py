@@ -1,0 +1,52 @@
+"""Root-mean-square and layer normalisation, computed in float32 whatever the input's dtype."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, over the last axis.
+
+    Source: Zhang & Sennrich (2019), arXiv 1910.07467.
+    """
+
+    dtype: str = "float32"
+    eps: float = 1e-6
+    use_scale: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        if self.use_scale:
+            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return y.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias, over the last axis.
+
+    Source: Ba et al. (2016), arXiv 1607.06450.
+    """
+
+    dtype: str = "float32"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return y.astype(self.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def make_norm(kind: str, dtype: str, name: str | None = None) -> nn.Module:
+    """Returns the norm that config.model.norm names."""
+    return NORMS[kind](dtype=dtype, name=name)
