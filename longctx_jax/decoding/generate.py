@@ -1,0 +1,117 @@
+"""Generation: prefill the prompt, then a compiled loop of one-token steps on the same `apply`.
+
+Prompts of different lengths share a batch by padding on the left: the padding is a document of its own,
+and the document boundary before the prompt makes every mixer forget it.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longctx_jax.decoding.sampling import Sampling, sample
+from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.typing import PRNGKey, PyTree
+
+
+def generate(
+    model: Decoder,
+    variables: dict[str, PyTree],
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    key: PRNGKey | None = None,
+    sampling: Sampling | None = None,
+    cache_len: int = 0,
+    prefill_len: int = 512,
+) -> np.ndarray:
+    """Returns the continuation of each prompt, int32 [len(prompts), max_new_tokens].
+
+    Args:
+        prompts: token ids, each at least one, of any lengths.
+        max_new_tokens: tokens to draw.
+        key: of the draws; None = jax.random.key(0). Row r's draws depend on the key and r only.
+        sampling: how to draw; None = plain sampling at temperature 1.
+        cache_len: tokens that full attention looks back on; 0 = prompt and continuation.
+        prefill_len: tokens of the prompt processed at once, which bounds memory.
+
+    Raises:
+        ValueError: an empty prompt, a token id outside the vocabulary, a bad count.
+
+    Cost: one pass over the prompt, then one step a token; memory of one cache.
+    """
+    _check(model, prompts, max_new_tokens)
+    key = jax.random.key(0) if key is None else key
+    longest = max(len(p) for p in prompts)
+    tokens, segment_ids = pad_left(prompts, longest)
+    cache = model.init_cache(len(prompts), cache_len or longest + max_new_tokens)
+    is_ragged = any(len(p) != longest for p in prompts)
+    logits = None
+    for start in range(0, longest, prefill_len):
+        piece = slice(start, min(start + prefill_len, longest))
+        ids = jnp.asarray(segment_ids[:, piece]) if is_ragged else None
+        logits, cache = _prefill(model, variables, jnp.asarray(tokens[:, piece]), ids, cache)
+    assert logits is not None
+    sampling = sampling or Sampling()
+    return np.asarray(_decode(model, sampling, max_new_tokens, variables, logits, cache, key))
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int] | np.ndarray], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and segment ids [rows, length]; padding is document 0, prompts document 1."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    segment_ids = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = np.asarray(prompt, np.int32)
+        segment_ids[row, length - len(prompt) :] = 1
+    return tokens, segment_ids
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _prefill(model: Decoder, variables, tokens, segment_ids, cache: ModelCache):
+    """Returns the logits after the last token [rows, vocab], and the cache."""
+    out = model.hidden(variables, tokens, cache, segment_ids=segment_ids)
+    logits = out.hidden[:, -1] @ model.unembedding(variables)
+    return logits.astype(jnp.float32), out.cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits, cache, key):
+    """Draws n_tokens; the last one is drawn without being fed back."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+
+    def draw(logits, index):
+        row_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+        pick = jax.vmap(lambda k, row: sample(k, row[None], sampling)[0])
+        return pick(row_keys, logits)
+
+    def step(carry, index):
+        logits, cache = carry
+        token = draw(logits, index)
+        out = model.apply(variables, token[:, None], cache)
+        return (out.logits[:, 0].astype(jnp.float32), out.cache), token
+
+    (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(n_tokens - 1))
+    last = draw(logits, n_tokens - 1)
+    return jnp.concatenate([tokens, last[None]], axis=0).T
+
+
+def _check(model: Decoder, prompts, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1: got {max_new_tokens}; ask for more")
+    if not prompts:
+        raise ValueError("prompts must not be empty: got none; give at least one")
+    for row, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.size == 0:
+            raise ValueError(f"every prompt needs at least one token: prompt {row} is empty")
+        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+            bad = int(np.argmax((ids < 0) | (ids >= model.config.vocab_size)))
+            raise ValueError(
+                f"prompt tokens must be below vocab_size={model.config.vocab_size}: prompt {row} "
+                f"has {int(ids[bad])} at position {bad}; remove it, or use a model whose "
+                "config.model.vocab_size covers it"
+            )

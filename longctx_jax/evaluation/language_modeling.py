@@ -1,0 +1,92 @@
+"""Streaming evaluation: negative log-likelihood of a text of any length in constant memory.
+
+The text is cut into a few stripes that advance in parallel, each with its own carried cache, so every
+token but the first of a stripe sees all that its cache can hold. Bits per byte are total bits over
+raw text bytes, whatever the tokenizer; the first token of the text, which nothing precedes, is charged
+log(vocabulary size).
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.ops.losses import bits_per_byte, token_nll
+from longctx_jax.typing import PyTree
+
+Progress = Callable[[int, float], None]  # tokens done, seconds since the start
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def eval_step(
+    model: Decoder, variables: dict[str, PyTree], batch: dict[str, jax.Array], cache: ModelCache
+) -> tuple[jax.Array, ModelCache]:
+    """Returns the weighted negative log-likelihood of each row, nats [rows], and the next cache."""
+    out = model.apply(variables, batch["tokens"], cache, segment_ids=batch["segment_ids"])
+    nll = token_nll(out.logits, batch["targets"]) * batch["weights"]
+    return jnp.sum(nll, axis=1), out.cache
+
+
+def evaluate(
+    model: Decoder,
+    variables: dict[str, PyTree],
+    batches: Iterable[dict[str, Any]],
+    *,
+    cache_len: int,
+    first_token_bytes: int = 1,
+    n_words: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Returns the mean losses of a text given as stripes (`data.evaluation_stripes`).
+
+    Args:
+        batches: windows in order, fields tokens, targets, weights, segment_ids, target_bytes.
+        cache_len: tokens that full attention looks back on.
+        first_token_bytes: raw bytes of the text's first token.
+        n_words: words of the text, for `perplexity_per_word`; 0 = not reported.
+        progress: called after each window.
+
+    Returns:
+        bits_per_byte, nats_per_token, perplexity_per_token, perplexity_per_word (if n_words),
+        tokens, bytes.
+
+    Raises:
+        ValueError: if the text is empty or the loss is not finite.
+    """
+    cache: ModelCache | None = None
+    n_tokens, n_bytes = 1, first_token_bytes
+    nats = math.log(model.config.vocab_size)
+    pending: list[jax.Array] = []
+    start = time.monotonic()
+    for batch in batches:
+        if cache is None:
+            cache = model.init_cache(batch["tokens"].shape[0], cache_len)
+        n_tokens += int(np.sum(batch["weights"]))
+        n_bytes += int(np.sum(batch["target_bytes"]))
+        arrays = {k: jnp.asarray(v) for k, v in batch.items() if k != "target_bytes"}
+        nll, cache = eval_step(model, variables, arrays, cache)
+        pending.append(nll)
+        if len(pending) > 1:  # the device works on the newest while the host adds an older one
+            nats += float(np.sum(np.asarray(pending.pop(0), np.float64)))
+        if progress is not None:
+            progress(n_tokens, time.monotonic() - start)
+    nats += sum(float(np.sum(np.asarray(nll, np.float64))) for nll in pending)
+    if not math.isfinite(nats):
+        raise ValueError(
+            f"the loss of this model must be finite: got {nats} nats over {n_tokens} tokens; "
+            "evaluate an earlier checkpoint with --step"
+        )
+    result = {
+        "bits_per_byte": bits_per_byte(nats, n_bytes),
+        "nats_per_token": nats / n_tokens,
+        "perplexity_per_token": math.exp(min(700.0, nats / n_tokens)),
+    }
+    if n_words:
+        result["perplexity_per_word"] = math.exp(min(700.0, nats / n_words))
+    return result | {"tokens": n_tokens, "bytes": n_bytes}

@@ -1,0 +1,129 @@
+"""Learning-rate schedules, weight-decay masks and the optax chain that `config.optim` describes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from longctx_jax.typing import PyTree
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+OPTIMIZERS = ("adamw", "adam", "lion", "adafactor", "muon", "sgd")
+# Leaves that weight decay and orthogonalised updates act on: matrices applied to activations.
+MATRICES = ("kernel",)
+
+
+def make_schedule(config: Any, n_steps: int) -> optax.Schedule:
+    """Returns step -> learning rate: linear warm-up, then the shape that config.optim.schedule names.
+
+    "cosine" and "linear" fall to final_fraction of the peak at n_steps; "wsd" stays at the peak and
+    falls linearly over the last decay_fraction of the steps; "constant" stays.
+
+    Raises:
+        ValueError: unknown schedule, or fractions and step counts out of range.
+    """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"config.optim.schedule must be one of {list(SCHEDULES)}: got {config.schedule!r}; "
+            "choose one of them"
+        )
+    for field in ("final_fraction", "decay_fraction"):
+        if not 0.0 <= config[field] <= 1.0:
+            raise ValueError(
+                f"config.optim.{field} must be in [0, 1]: got {config[field]}; it is a fraction"
+            )
+    if config.warmup_steps < 0:
+        raise ValueError(
+            f"config.optim.warmup_steps must not be negative: got {config.warmup_steps}; 0 is off"
+        )
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = min(config.warmup_steps, n_steps)
+    rest = max(1, n_steps - warmup)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif config.schedule == "wsd":
+        n_decay = max(1, round(config.decay_fraction * n_steps))
+        after = optax.linear_schedule(peak, final, n_decay, max(0, rest - n_decay))
+    else:
+        after = optax.constant_schedule(peak)
+    if warmup == 0:
+        return after
+    # Step 0 already moves: (step + 1) / warmup of the peak.
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """Returns the optax transformation of `config.optim`, and its schedule for logging.
+
+    Weight decay is decoupled, multiplied by the learning rate, and applies to matrices only.
+    "muon" orthogonalises the update of every layer's matrices (scaled by 0.2 sqrt(max side), so
+    Adam's learning rates carry over) and leaves the rest to Adam.
+
+    Raises:
+        ValueError: unknown optimizer, or a negative learning rate.
+    """
+    if config.name not in OPTIMIZERS:
+        raise ValueError(
+            f"config.optim.name must be one of {list(OPTIMIZERS)}: got {config.name!r}; "
+            "choose one of them"
+        )
+    if not config.learning_rate >= 0:
+        raise ValueError(
+            f"config.optim.learning_rate must not be negative: got {config.learning_rate}; "
+            "use something like 1e-3"
+        )
+    schedule = make_schedule(config, n_steps)
+    decay = {"weight_decay": config.weight_decay, "mask": is_matrix}
+    betas = {"b1": config.beta1, "b2": config.beta2}
+    if config.name == "adamw":
+        core = optax.adamw(schedule, **betas, eps=config.eps, **decay)
+    elif config.name == "adam":
+        core = optax.adam(schedule, **betas, eps=config.eps)
+    elif config.name == "lion":
+        core = optax.lion(schedule, **betas, **decay)
+    elif config.name == "adafactor":
+        core = optax.adafactor(
+            schedule,
+            weight_decay_rate=config.weight_decay or None,
+            weight_decay_mask=is_matrix,
+            multiply_by_parameter_scale=False,
+        )
+    elif config.name == "muon":
+        core = contrib.muon(
+            schedule,
+            beta=0.95,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    else:
+        core = optax.chain(
+            optax.add_decayed_weights(**decay), optax.sgd(schedule, momentum=config.beta1)
+        )
+    if config.clip_norm > 0:
+        core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+    return core, schedule
+
+
+def is_matrix(params: PyTree) -> PyTree:
+    """Returns True for every leaf that is a stacked matrix [layers, in, out]."""
+
+    def matches(path, leaf):
+        del leaf
+        return str(getattr(path[-1], "key", "")) in MATRICES
+
+    return jax.tree_util.tree_map_with_path(matches, params)
+
+
+def _muon_dimensions(params: PyTree) -> PyTree:
+    """Which axes of each leaf form a matrix; None = not one, left to Adam."""
+    one = contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    return jax.tree.map(lambda matrix: one if matrix else None, is_matrix(params))

@@ -1,0 +1,170 @@
+"""One parameter update: loss, gradient, micro-batches, optimizer, averages. Pure functions.
+
+The objective of a step is (sum of token losses + sum of auxiliary losses) / number of tokens, over the
+whole batch. Micro-batches add up sums and divide once, so they change memory and not the gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.ops.losses import chunked_token_nll
+from longctx_jax.training.state import TrainState
+from longctx_jax.typing import PyTree
+
+Batch = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    model: Decoder,
+    tx: optax.GradientTransformation,
+    *,
+    n_microbatches: int = 1,
+    loss_chunk_len: int = 0,
+    ema_decay: float = 0.0,
+) -> TrainStep:
+    """Returns the compiled update (state, batch) -> (state, metrics); the old state is donated.
+
+    Args:
+        n_microbatches: pieces the rows of a batch are processed in, one after another.
+        loss_chunk_len: tokens whose logits exist at once; 0 = all of a micro-batch.
+        ema_decay: of the average of the weights, 0 = off.
+
+    Returns:
+        A function whose metrics are scalars: loss (nats a token), grad_norm, and one entry an
+        auxiliary loss and model metric.
+    """
+
+    def loss_sum(params, model_state, batch, cache, key):
+        """Sum of losses over tokens, with everything that is not differentiated."""
+        variables = {"params": params, "model_state": model_state}
+        out = model.hidden(
+            variables,
+            batch["tokens"],
+            cache,
+            segment_ids=batch.get("segment_ids"),
+            rngs={"dropout": key},
+            train=True,
+        )
+        nll = chunked_token_nll(
+            out.hidden,
+            model.unembedding(variables),
+            batch["targets"],
+            chunk_len=loss_chunk_len,
+        )
+        nll = jnp.sum(nll * batch["weights"])
+        extra = sum((jnp.sum(loss) for loss in jax.tree.leaves(_losses(out.aux))), start=0.0)
+        tokens = jnp.sum(batch["weights"])
+        return nll + extra, (out.cache, {"nll": nll, "tokens": tokens, "aux": out.aux})
+
+    def gradients(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(state.key, state.step)
+        cache = state.cache if isinstance(state.cache, ModelCache) else None
+
+        def one(batch, cache, index):
+            micro_key = jax.random.fold_in(key, index)
+            value = jax.value_and_grad(loss_sum, has_aux=True)
+            (_, (cache, sums)), grads = value(
+                state.params, state.model_state, batch, cache, micro_key
+            )
+            return cache, (grads, sums)
+
+        if n_microbatches == 1:
+            return one(batch, cache, 0)
+        micro = jax.tree.map(lambda x: _split(x, n_microbatches, 0), batch)
+        caches = split_cache_rows(cache, n_microbatches)
+
+        def add(total, inputs):
+            index, batch, cache = inputs
+            cache, new = one(batch, cache, index)
+            return jax.tree.map(jnp.add, total, new), cache
+
+        first = jax.tree.map(lambda x: x[0], (micro, caches))
+        shapes = jax.eval_shape(lambda *a: one(*a, 0)[1], *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, caches = jax.lax.scan(add, zeros, (jnp.arange(n_microbatches), micro, caches))
+        return merge_cache_rows(caches), total
+
+    def train_step(state: TrainState, batch: Batch):
+        cache, (grads, sums) = gradients(state, batch)
+        grads = jax.tree.map(lambda g: g / sums["tokens"], grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay:
+            # Early on the average follows the weights instead of remembering their start.
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+        metrics = {
+            "loss": sums["nll"] / sums["tokens"],
+            "grad_norm": optax.tree.norm(grads),
+            **_named_metrics(sums),
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            cache=state.cache if cache is None else cache,
+        )
+        return state, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _losses(aux: Any) -> dict[str, list[jax.Array]]:
+    """Auxiliary losses by name; a patterned stack reports one Aux a position."""
+    named: dict[str, list[jax.Array]] = {}
+    for one in _positions(aux):
+        for name, loss in one.losses.items():
+            named.setdefault(name, []).append(jnp.sum(loss))
+    return named
+
+
+def _positions(aux: Any) -> list[Any]:
+    return list(aux) if isinstance(aux, tuple) else [aux]
+
+
+def _named_metrics(sums: dict[str, Any]) -> dict[str, jax.Array]:
+    metrics = {name: sum(x) / sums["tokens"] for name, x in _losses(sums["aux"]).items()}
+    means: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for one in _positions(sums["aux"]):
+        for name, mean in one.metrics.items():
+            total, count = means.get(name, (0.0, 0.0))
+            means[name] = (total + jnp.sum(mean.total), count + jnp.sum(mean.count))
+    return metrics | {name: total / count for name, (total, count) in means.items()}
+
+
+def _split(x: jax.Array, n: int, axis: int) -> jax.Array:
+    """[..., rows, ...] -> [n, ..., rows / n, ...], consecutive rows together."""
+    shape = (*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _merge(x: jax.Array, axis: int) -> jax.Array:
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _map_rows(cache: ModelCache | None, function: Callable[[jax.Array, int], jax.Array]) -> PyTree:
+    """Applies function(leaf, row axis): rows are axis 1 of layer caches, axis 0 of the rest."""
+    if cache is None:
+        return None
+    layers = jax.tree.map(lambda leaf: function(leaf, 1), cache.layers)
+    rest = jax.tree.map(lambda leaf: function(leaf, 0), cache.replace(layers=()))
+    return rest.replace(layers=layers)
+
+
+def split_cache_rows(cache: ModelCache | None, n: int) -> PyTree:
+    """Returns the cache as n caches of consecutive rows, stacked on a new leading axis."""
+    return _map_rows(cache, lambda leaf, axis: _split(leaf, n, axis))
+
+
+def merge_cache_rows(caches: PyTree) -> ModelCache | None:
+    """Inverse of `split_cache_rows`."""
+    return _map_rows(caches, _merge)
