@@ -6,14 +6,18 @@ import pathlib
 ON_GPU = bool(os.environ.get("LONGCTX_TEST_GPU"))
 if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Tests spend their time compiling: this halves it, and changes no result beyond rounding. Set
+    # XLA_FLAGS (even to the empty string) to test what users run; GPU runs never get it.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One device: tests that need several start their own process with its own setting.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-# Checks the shapes in the signatures of ops, in tests only.
-jaxtyping.install_import_hook("longctx_jax.ops", "beartype.beartype")
+# Checks the shapes in the signatures of ops, in tests only. The tower: an int may stand for a float.
+TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("longctx_jax.ops", TYPECHECKER)
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,50 @@
 """What several test files share."""
 
+import functools
+
+import jax
 import numpy as np
+
+
+def make_normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
+    """Returns float64 standard normal numbers times scale, the same for the same seed and shape."""
+    return scale * np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def in_float64(function):
+    """Runs the decorated function with 64-bit types enabled."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def sub_jaxprs(jaxpr):
+    """Yields a jaxpr and every jaxpr inside its equations."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from sub_jaxprs(inner)
+
+
+def assert_trees_close(actual, expected, *, rel_rms: float) -> None:
+    """`assert_close` leaf by leaf; fails unless both trees have one structure."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    )
+    for (path, left), right in pairs:
+        try:
+            assert_close(left, right, rel_rms=rel_rms)
+        except AssertionError as error:
+            raise AssertionError(f"{jax.tree_util.keystr(path)}: {error}") from None
 
 
 def assert_close(actual, expected, *, rel_rms: float, max_abs: float | None = None) -> None:

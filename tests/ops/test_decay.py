@@ -1,0 +1,262 @@
+"""Every form of decay attention against a loop over tokens and its hand-written backward pass."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx_jax.ops.decay import decay_attention, decay_attention_step
+from longctx_jax.ops.decay.select import IMPLEMENTATIONS
+from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
+
+FORMS = [implementation.name for implementation in IMPLEMENTATIONS]
+TOLERANCE = {"float32": 1e-6, "float64": 1e-12, "bfloat16": 5e-3}  # seen: 4e-7, 6e-16, 3e-3
+GRADIENT_TOLERANCE = {"float32": 2e-6, "float64": 1e-11, "bfloat16": 1e-2}
+
+# name -> batch, seq, d_key, d_value, chunk_len, initial state, resets at
+SHAPES = {
+    "one_token": (2, 1, 3, 2, 4, True, ()),
+    "chunk_minus_1": (1, 3, 2, 3, 4, False, (1,)),
+    "chunk": (2, 4, 4, 4, 4, True, ()),
+    "chunk_plus_1": (1, 5, 4, 2, 4, True, (0, 4)),
+    "chunks_of_1": (1, 5, 2, 2, 1, True, (2,)),
+    "chunks_of_3": (2, 11, 3, 5, 3, True, (3, 4, 10)),
+    "chunk_over_seq": (1, 7, 2, 3, 9, True, (0,)),
+}
+LOG_DECAYS = np.array([np.log(0.9), np.log(0.5), 0.0, -np.inf])
+CASES = [
+    pytest.param(form, shape, id=f"{form}-{shape}")
+    for form in FORMS
+    for shape in SHAPES
+    if form == "chunked" or not shape.startswith("chunks_of_1")
+]
+
+
+def make_inputs(shape, log_decays=LOG_DECAYS):
+    """Returns float64 (query, key, value, log_decay, state), reset, chunk_len and cotangents."""
+    batch, seq, d_key, d_value, chunk_len, has_state, resets = SHAPES[shape]
+    heads, seed = len(log_decays), zlib.crc32(shape.encode())
+    q = make_normal(seed, batch, seq, heads, d_key)
+    k = make_normal(seed + 1, batch, seq, heads, d_key)
+    v = make_normal(seed + 2, batch, seq, heads, d_value)
+    state = make_normal(seed + 3, batch, heads, d_key, d_value) * has_state
+    reset = np.zeros((batch, seq), bool)
+    reset[-1, list(resets)] = True  # other rows run on
+    cotangents = make_normal(seed + 4, *v.shape), make_normal(seed + 5, *state.shape)
+    return (q, k, v, log_decays, state), reset if resets else None, chunk_len, cotangents
+
+
+def loop(arrays, reset, cotangents=None):
+    """The token recurrence in numpy, and its backward pass: (out, state), gradients of arrays."""
+    q, k, v, log_decay, state = (np.asarray(x, np.float64) for x in arrays)
+    seq, scale, decay = q.shape[1], q.shape[-1] ** -0.5, np.exp(log_decay)[:, None, None]
+    keep = np.ones(q.shape[:2]) if reset is None else 1.0 - np.asarray(reset)
+    keep = keep[:, :, None, None, None]
+    out, states = np.zeros(v.shape), [state]
+    for t in range(seq):
+        update = k[:, t, :, :, None] * v[:, t, :, None, :]
+        states.append(keep[:, t] * decay * states[-1] + update)
+        out[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], states[-1])
+    if cotangents is None:
+        return out, states[-1]
+    d_out, d_state = cotangents
+    d_q, d_k, d_v, d_log_decay = (np.zeros(x.shape) for x in (q, k, v, log_decay))
+    for t in reversed(range(seq)):
+        d_q[:, t] = scale * np.einsum("bhv,bhkv->bhk", d_out[:, t], states[t + 1])
+        d_state = d_state + scale * q[:, t, :, :, None] * d_out[:, t, :, None, :]
+        d_k[:, t] = np.einsum("bhkv,bhv->bhk", d_state, v[:, t])
+        d_v[:, t] = np.einsum("bhkv,bhk->bhv", d_state, k[:, t])
+        d_log_decay += np.sum(d_state * keep[:, t] * decay * states[t], axis=(0, 2, 3))
+        d_state = keep[:, t] * decay * d_state
+    return (out, states[-1]), (d_q, d_k, d_v, d_log_decay, d_state)
+
+
+def value_and_gradients(form, arrays, reset, chunk_len, cotangents, dtype):
+    def function(*arrays):
+        return decay_attention(
+            *arrays,
+            reset=None if reset is None else jnp.asarray(reset),
+            chunk_len=chunk_len,
+            implementation=form,
+        )
+
+    @jax.jit
+    def run(arrays, cotangents):
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(jax.tree.map(lambda c, o: c.astype(o.dtype), cotangents, out))
+
+    arrays = tuple(jnp.asarray(x, dtype) for x in arrays[:3]) + tuple(
+        jnp.asarray(x, jnp.promote_types(dtype, "float32")) for x in arrays[3:]
+    )
+    return run(arrays, jax.tree.map(jnp.asarray, cotangents))
+
+
+@pytest.mark.parametrize(("form", "shape"), CASES)
+def test_values_and_gradients(form, shape):
+    arrays, reset, chunk_len, cotangents = make_inputs(shape)
+    expected = loop(arrays, reset, cotangents)
+    actual = value_and_gradients(form, arrays, reset, chunk_len, cotangents, "float32")
+    assert_trees_close(actual[0], expected[0], rel_rms=TOLERANCE["float32"])
+    assert_trees_close(actual[1], expected[1], rel_rms=GRADIENT_TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64(form):
+    arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3")
+    expected = loop(arrays, reset, cotangents)
+    with jax.enable_x64(True):
+        actual = value_and_gradients(form, arrays, reset, chunk_len, cotangents, "float64")
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(actual))
+    assert_trees_close(actual[0], expected[0], rel_rms=TOLERANCE["float64"])
+    assert_trees_close(actual[1], expected[1], rel_rms=GRADIENT_TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16(form):
+    arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3")
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays[:3]]
+    arrays = (*rounded, *arrays[3:])
+    expected = loop(arrays, reset, cotangents)
+    (out, state), gradients = value_and_gradients(
+        form, arrays, reset, chunk_len, cotangents, "bfloat16"
+    )
+    assert out.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    assert_close(out, expected[0][0], rel_rms=TOLERANCE["bfloat16"])
+    assert_close(state, expected[0][1], rel_rms=TOLERANCE["bfloat16"])
+    assert_trees_close(gradients, expected[1], rel_rms=GRADIENT_TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strong_and_no_decay_over_a_long_sequence(form, monkeypatch):
+    monkeypatch.setitem(SHAPES, "long", (1, 300, 2, 2, 64, True, (77,)))
+    arrays, reset, chunk_len, cotangents = make_inputs("long", np.array([-8.0, 0.0, -np.inf]))
+    expected = loop(arrays, reset, cotangents)
+    actual = value_and_gradients(form, arrays, reset, chunk_len, cotangents, "float32")
+    assert_trees_close(actual[0], expected[0], rel_rms=2e-6)
+    assert_trees_close(actual[1], expected[1], rel_rms=5e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_state_is_a_zero_state(form):
+    (q, k, v, log_decay, state), _, _, _ = make_inputs("chunks_of_3")
+    arrays = [jnp.float32(x) for x in (q, k, v, log_decay)]
+    run = functools.partial(decay_attention, chunk_len=3, scale=0.5, implementation=form)
+    actual = jax.jit(run)(*arrays)
+    expected = loop((q, k, v, log_decay, 0 * state), None)
+    scale = q.shape[-1] ** -0.5
+    assert_close(actual[0], expected[0] * 0.5 / scale, rel_rms=TOLERANCE["float32"])
+    assert_close(actual[1], expected[1], rel_rms=TOLERANCE["float32"])
+
+
+@functools.cache
+def jitted(form):
+    run = functools.partial(decay_attention, chunk_len=3, implementation=form)
+    return jax.jit(lambda arrays, reset: run(*arrays, reset=reset))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.lists(st.booleans(), min_size=14, max_size=14))
+@settings(deadline=None, max_examples=25)
+def test_resets_anywhere(form, resets):
+    arrays, _, _, _ = make_inputs("chunk_over_seq")
+    arrays = [np.concatenate([x, x[:, ::-1]]) for x in arrays[:3]] + [
+        arrays[3],
+        np.concatenate([arrays[4], arrays[4]]),
+    ]
+    reset = np.array(resets).reshape(2, 7)
+    actual = jitted(form)(tuple(jnp.float32(x) for x in arrays), jnp.asarray(reset))
+    assert_trees_close(actual, loop(arrays, reset), rel_rms=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.lists(st.sampled_from([1, 3, 8]), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=15)
+def test_calls_chain(form, lengths):
+    seq = sum(lengths)
+    q, k, v = (make_normal(i, 1, 48, 4, 3)[:, :seq] for i in range(3))
+    reset = np.random.default_rng(0).random((1, 48))[:, :seq] < 0.1
+    state = make_normal(4, 1, 4, 3, 3)
+    expected = loop((q, k, v, LOG_DECAYS, state), reset)
+    outs, state, start = [], jnp.float32(state), 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        arrays = tuple(jnp.float32(x[:, piece]) for x in (q, k, v))
+        arrays = (*arrays, jnp.float32(LOG_DECAYS), state)
+        out, state = jitted(form)(arrays, jnp.asarray(reset[:, piece]))
+        outs.append(out)
+        start += length
+    assert_close(np.concatenate(outs, axis=1), expected[0], rel_rms=TOLERANCE["float32"])
+    assert_close(state, expected[1], rel_rms=TOLERANCE["float32"])
+
+
+def test_steps_equal_the_sequence():
+    arrays, reset, _, _ = make_inputs("chunks_of_3")
+    expected = loop(arrays, reset)
+    q, k, v, log_decay, state = (jnp.float32(x) for x in arrays)
+    step = jax.jit(decay_attention_step)
+    for t in range(q.shape[1]):
+        out, state = step(
+            q[:, t], k[:, t], v[:, t], log_decay, state, reset=jnp.asarray(reset[:, t])
+        )
+        assert_close(out, expected[0][:, t], rel_rms=TOLERANCE["float32"])
+    assert_close(state, expected[1], rel_rms=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_and_checkpoint_compose(form):
+    arrays, _, _, _ = make_inputs("chunks_of_3", LOG_DECAYS[:3])
+    arrays = tuple(jnp.stack([jnp.float32(x), 0.5 * jnp.float32(x)]) for x in arrays)
+
+    def loss(*arrays):
+        out, state = decay_attention(*arrays, chunk_len=3, implementation=form)
+        return jnp.sum(out**2) + jnp.sum(state)
+
+    gradient = jax.grad(jax.checkpoint(loss), argnums=range(5))
+    actual = jax.jit(jax.vmap(gradient))(*arrays)
+    each = [jax.jit(gradient)(*(x[i] for x in arrays)) for i in range(2)]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    assert_trees_close(actual, expected, rel_rms=1e-5)
+    for i in range(2):
+        inputs = [np.asarray(x[i], np.float64) for x in arrays]
+        out, state = loop(inputs, None)
+        by_hand = loop(inputs, None, (2 * out, np.ones(state.shape)))[1]
+        assert_trees_close(each[i], by_hand, rel_rms=5e-6)
+
+
+@in_float64
+def test_every_power_is_exact_at_a_large_distance():
+    log_decay = np.array([-1e-4])
+    q = np.zeros((1, 3000, 1, 1))
+    q[0, -1] = 1.0
+    run = jax.jit(functools.partial(decay_attention, chunk_len=64))
+    out, _ = run(*(jnp.asarray(x) for x in (q, q[:, ::-1], np.ones(q.shape), log_decay)))
+    assert_close(out[0, -1, 0, 0], np.exp(-1e-4 * 2999), rel_rms=1e-12)
+
+
+@pytest.mark.parametrize("seq", [1, 2])
+def test_the_automatic_choice(seq):
+    from longctx_jax.ops.decay.select import _Facts
+    from longctx_jax.ops.dispatch import choose
+
+    facts = _Facts("gpu", "bfloat16", 8, seq, 4, 64, 64)
+    expected = "recurrent" if seq == 1 else "chunked"
+    assert choose("decay_attention", IMPLEMENTATIONS, "auto", facts).name == expected
+
+
+@pytest.mark.parametrize("chunk_len", [0, -3])
+def test_bad_chunk_len(chunk_len):
+    x = jnp.zeros((1, 2, 1, 2))
+    message = f"chunk_len must be at least 1: got {chunk_len}; set config.model.decay.chunk_len"
+    with pytest.raises(ValueError, match=message):
+        decay_attention(x, x, x, jnp.zeros(1), chunk_len=chunk_len)
+
+
+def test_unknown_form():
+    x = jnp.zeros((1, 2, 1, 2))
+    with pytest.raises(ValueError, match="got 'parallel'"):
+        decay_attention(x, x, x, jnp.zeros(1), implementation="parallel")
