@@ -12,7 +12,7 @@ from longctx_jax.data.pipeline import (
 )
 from longctx_jax.data.sources import SOURCES, load_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
-from longctx_jax.data.streams import TextStream
+from longctx_jax.data.streams import TextStream, count_words
 from longctx_jax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
@@ -34,6 +34,7 @@ __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "check_ids",
+    "count_words",
     "evaluation_stripes",
     "get_state",
     "load_source",

@@ -216,3 +216,21 @@ def require_utf8(data: np.ndarray, path: str | os.PathLike) -> None:
 def _starts(sizes: Sequence[int]) -> np.ndarray:
     """Returns where each of consecutive documents of these sizes begins, int64."""
     return np.cumsum([0, *sizes], dtype=np.int64)[:-1]
+
+
+def count_words(stream: TextStream, n_bytes: int = 0, *, piece_bytes: int = 1 << 24) -> int:
+    """Returns how many whitespace-separated words the first n_bytes hold (0 = the whole stream).
+
+    Space, tab, newline, carriage return, vertical tab and form feed separate words. A word cut by
+    n_bytes counts as one. Constant memory: piece_bytes are read at a time.
+    """
+    is_space = np.zeros(256, bool)
+    is_space[list(b" \t\n\r\v\f")] = True
+    end = min(n_bytes, stream.n_bytes) if n_bytes else stream.n_bytes
+    n_words, previous_is_space = 0, True
+    for start in range(0, end, piece_bytes):
+        spaces = is_space[stream.read(start, min(start + piece_bytes, end))]
+        before = np.concatenate([[previous_is_space], spaces[:-1]])
+        n_words += int(np.sum(before & ~spaces))
+        previous_is_space = bool(spaces[-1])
+    return n_words

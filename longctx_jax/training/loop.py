@@ -1,0 +1,393 @@
+"""The training loop: start or resume, update, report, evaluate, save, stop cleanly.
+
+Where a run starts, in this order: (1) the newest whole checkpoint of its work directory; (2) the weights of
+the run that config.train.init_from names, at step 0; (3) fresh weights. Step n is dispatched before the
+metrics of step n-1 are fetched, so reporting never stalls the device. SIGTERM and SIGINT save and return.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+from absl import logging
+
+from longctx_jax.data import make_iterator
+from longctx_jax.models.base import Decoder
+from longctx_jax.ops.losses import NATS_PER_BIT
+from longctx_jax.training.checkpoint import Checkpointer
+from longctx_jax.training.metrics import CompositeWriter, make_writer
+from longctx_jax.training.optimizer import make_optimizer
+from longctx_jax.training.state import TrainState, init_state
+from longctx_jax.training.step import make_train_step
+
+CONFIG_FILE = "config.json"
+DONE_FILE = "DONE.json"
+# Fields that may change when a run is started again: they do not touch the state.
+FREE_FIELDS = (
+    "train.n_steps",
+    "train.checkpoint_every",
+    "train.keep_latest",
+    "train.keep_every",
+    "train.profile_start",
+    "train.profile_steps",
+    "data.data_dir",
+    "data.download",
+    "data.n_workers",
+    "eval.",
+    "log.",
+)
+
+Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient became infinite or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainData:
+    """What the loop needs to know about the data."""
+
+    dataset: grain.MapDataset  # item s = the batch of step s
+    position_of: Callable[[int], str]  # step -> where its data lies, for messages
+    is_bytes: bool  # one token is one byte, so the training loss has a bits-per-byte
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Which signal asked to stop; empty = none."""
+
+    signal_name: str = ""
+
+
+def train(
+    config: Any, workdir: str | os.PathLike[str], model: Decoder, data: TrainData, evaluate: Evaluate
+) -> dict[str, Any]:
+    """Trains to config.train.n_steps, or to the next signal, and returns the final record.
+
+    Args:
+        config: the whole resolved config.
+        workdir: of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
+            DONE.json with the returned record.
+        evaluate: state -> results on the held-out split.
+
+    Returns:
+        {"step", "is_finished", "eval": {...}}; "eval" only when finished.
+
+    Raises:
+        ValueError: the work directory belongs to another config, or impossible settings.
+        NonFiniteLossError: the loss or gradient norm is not finite; the last checkpoint is from
+            before.
+        CheckpointError: saving failed; older checkpoints are intact.
+    """
+    workdir = pathlib.Path(workdir)
+    _check(config)
+    claim_workdir(workdir, config)
+    checkpointer = Checkpointer(
+        workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
+    )
+    run = _Run(config, workdir, model, data, evaluate, checkpointer)
+    try:
+        with _stop_on_signals() as stop:
+            return run.go(stop)
+    finally:
+        run.close()
+
+
+class _Run:
+    """One call of `train`: the loop's variables, so that its steps can be small functions."""
+
+    def __init__(self, config, workdir, model, data, evaluate, checkpointer: Checkpointer):
+        self.config, self.workdir, self.model = config, workdir, model
+        self.data, self.evaluate, self.checkpointer = data, evaluate, checkpointer
+        self.tx, self.schedule = make_optimizer(config.optim, config.train.n_steps)
+        self.state = self._start()
+        self.step = int(self.state.step)
+        self.saved_step = self.step if self.step else -1
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.window = _Window()
+        self.writer: CompositeWriter | None = None
+        self.is_profiling = False
+        self.tokens_per_step = config.data.global_batch_size * config.data.seq_len
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+    def go(self, stop: _Stop) -> dict[str, Any]:
+        config, n_steps = self.config, self.config.train.n_steps
+        (self.workdir / DONE_FILE).unlink(missing_ok=True)
+        self.writer = make_writer(
+            self.workdir,
+            n_steps=n_steps,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            wandb_project=config.log.wandb_project,
+            resume_step=self.step,
+            run_config=config.to_dict(),
+        )
+        train_step = make_train_step(
+            self.model,
+            self.tx,
+            n_microbatches=config.train.n_microbatches,
+            loss_chunk_len=config.train.loss_chunk_len,
+            ema_decay=config.train.ema_decay,
+        )
+        batches = iter(make_iterator(self.data.dataset, self.step, config.data.n_workers))
+        results: dict[str, float] = {}
+        self.window.restart()
+        while self.step < n_steps and not stop.signal_name:
+            self._profile(self.step)
+            batch = next(batches)
+            self.state, metrics = train_step(self.state, batch)
+            self._report()
+            self.step += 1
+            self.pending = (self.step, metrics)
+            is_last = self.step == n_steps
+            if is_last or self.step % config.train.checkpoint_every == 0:
+                self._save()
+            if is_last or (config.eval.every and self.step % config.eval.every == 0):
+                results = self._evaluate()
+        self._report()
+        self._profile(None)
+        if self.step < n_steps:
+            print(f"{stop.signal_name}: saving step {self.step}", file=sys.stderr, flush=True)
+        if self.saved_step != self.step:
+            self._save()
+        self.checkpointer.close()
+        record = {"step": self.step, "is_finished": self.step >= n_steps}
+        if record["is_finished"]:
+            record["eval"] = results or self._evaluate()
+            write_json(self.workdir / DONE_FILE, record)
+        return record
+
+    def _start(self) -> TrainState:
+        train_config, data_config = self.config.train, self.config.data
+        is_carried = train_config.carry_cache and data_config.order == "stripes"
+        cache_len = (train_config.cache_len or data_config.seq_len) if is_carried else 0
+
+        def fresh():
+            return init_state(
+                self.model,
+                self.tx,
+                seed=train_config.seed,
+                batch_size=data_config.global_batch_size,
+                cache_len=cache_len,
+                use_ema=bool(train_config.ema_decay),
+            )
+
+        restored = self.checkpointer.restore_latest(jax.eval_shape(fresh))
+        if restored is not None:
+            print(f"resuming at step {restored.step}", file=sys.stderr, flush=True)
+            return restored.state
+        state = fresh()
+        if train_config.init_from:
+            state = _with_weights_of(train_config.init_from, state)
+        return state
+
+    def _report(self) -> None:
+        """Fetches the metrics of the last dispatched step, checks them, and logs now and then."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        scalars = {name: float(value) for name, value in metrics.items()}
+        if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
+            raise NonFiniteLossError(
+                f"loss and gradient must be finite: step {step} has loss={scalars['loss']}, "
+                f"grad_norm={scalars['grad_norm']} at {self.data.position_of(step - 1)}; the last "
+                f"checkpoint is step {max(0, self.saved_step)}: lower config.optim.learning_rate or "
+                "config.optim.clip_norm and continue from it with config.train.init_from"
+            )
+        self.window.add(scalars["loss"])
+        every = self.config.log.every
+        if step % every and step != self.config.train.n_steps and step != 1:
+            return
+        loss, steps_per_s = self.window.read()
+        scalars["loss"] = loss
+        if self.data.is_bytes:
+            scalars["bits_per_byte"] = loss / NATS_PER_BIT
+        scalars |= {
+            "learning_rate": float(self.schedule(step - 1)),
+            "tokens_per_s": steps_per_s * self.tokens_per_step,
+            "tokens": step * self.tokens_per_step,
+            "seconds": self.window.total_s,
+        }
+        assert self.writer is not None
+        self.writer.write(step, scalars)
+
+    def _save(self) -> None:
+        self._report()  # a state that is not finite must never be saved
+        with self.window.paused():
+            self.checkpointer.save(self.step, self.state, self.config.to_dict())
+        self.saved_step = self.step
+
+    def _evaluate(self) -> dict[str, float]:
+        self._report()
+        with self.window.paused():
+            results = self.evaluate(self.state)
+        assert self.writer is not None
+        self.writer.write(self.step, {f"eval/{name}": value for name, value in results.items()})
+        return {"split": self.config.eval.split, **results}
+
+    def _profile(self, step: int | None) -> None:
+        """Starts and stops the profiler window; step None = the run ends."""
+        config = self.config.train
+        if not config.profile_steps:
+            return
+        first = max(config.profile_start, 1)
+        if step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self.is_profiling = True
+        elif self.is_profiling and (
+            step is None or step >= first + config.profile_steps
+        ):
+            jax.block_until_ready(self.state.params)
+            jax.profiler.stop_trace()
+            self.is_profiling = False
+
+
+class _Window:
+    """Loss and speed since the last record; time spent saving and evaluating does not count."""
+
+    def __init__(self):
+        self.total_s = 0.0
+        self.restart()
+
+    def restart(self):
+        self._losses: list[float] = []
+        self._start = time.monotonic()
+        self._paused_s = 0.0
+
+    def add(self, loss: float):
+        self._losses.append(loss)
+
+    @contextlib.contextmanager
+    def paused(self):
+        start = time.monotonic()
+        yield
+        self._paused_s += time.monotonic() - start
+
+    def read(self) -> tuple[float, float]:
+        """Returns the mean loss and the steps a second, and starts the next window."""
+        seconds = time.monotonic() - self._start - self._paused_s
+        self.total_s += seconds
+        loss, speed = sum(self._losses) / len(self._losses), len(self._losses) / max(seconds, 1e-9)
+        self.restart()
+        return loss, speed
+
+
+def claim_workdir(workdir: pathlib.Path, config: Any) -> None:
+    """Writes config.json, or checks that the folder's run has the same config.
+
+    Raises:
+        ValueError: if it differs in a field that touches the state; names the fields.
+    """
+    path = workdir / CONFIG_FILE
+    resolved = json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+        before = _flatten(json.loads(path.read_text()))
+        now = _flatten(resolved)
+        changed = {
+            name: (before.get(name), now.get(name))
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        }
+        fixed = {n: v for n, v in changed.items() if not n.startswith(FREE_FIELDS)}
+        if fixed:
+            shown = ", ".join(f"config.{n}: {a!r} there, {b!r} here" for n, (a, b) in fixed.items())
+            raise ValueError(
+                f"a work directory belongs to one config: {workdir} has another one ({shown}); use "
+                "a new --workdir (config.train.init_from takes weights over), or the old values"
+            )
+        for name, (was, value) in changed.items():
+            logging.warning("config.%s was %r and is %r from here on", name, was, value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, resolved)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
+    """Returns the state with the (averaged, where kept) weights of another run's last checkpoint."""
+    other = Checkpointer(workdir, is_read_only=True)
+    steps = other.steps()
+    if not steps:
+        raise FileNotFoundError(
+            f"config.train.init_from must be a run with a checkpoint: {workdir} has none; train it "
+            "first"
+        )
+    meta = other.read_meta(steps[-1])
+    has_ema = any(name.startswith("ema/") for name in meta["leaves"])
+    field = "ema" if has_ema else "params"
+    restored = other.restore_latest({field: state.params, "model_state": state.model_state})
+    assert restored is not None
+    params = restored.state[field]
+    logging.info("weights=%s from=%s step=%d", field, workdir, restored.step)
+    ema = jax.tree.map(lambda x: x.copy(), params) if state.ema else {}
+    return state.replace(params=params, ema=ema, model_state=restored.state["model_state"])
+
+
+def _check(config: Any) -> None:
+    for field in ("n_steps", "checkpoint_every", "n_microbatches"):
+        if config.train[field] < 1:
+            raise ValueError(
+                f"config.train.{field} must be at least 1: got {config.train[field]}; set it higher"
+            )
+    if config.log.every < 1:
+        raise ValueError(f"config.log.every must be at least 1: got {config.log.every}; use 20")
+    batch, micro = config.data.global_batch_size, config.train.n_microbatches
+    if batch % micro:
+        raise ValueError(
+            f"config.train.n_microbatches must divide config.data.global_batch_size: got {micro} "
+            f"and {batch}; choose a divisor"
+        )
+    if not 0.0 <= config.train.ema_decay < 1.0:
+        raise ValueError(
+            f"config.train.ema_decay must be in [0, 1): got {config.train.ema_decay}; 0 is off"
+        )
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    """SIGTERM and SIGINT set the flag; the same signal again acts as it used to."""
+    stop = _Stop()
+    before = {}
+
+    def handle(number, frame):
+        del frame
+        stop.signal_name = signal.Signals(number).name
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,150 @@
+"""From a config, or from the folder of a run, to the objects that the scripts work with."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from longctx_jax import data
+from longctx_jax.evaluation.language_modeling import evaluate
+from longctx_jax.models import build_model
+from longctx_jax.models.base import Decoder
+from longctx_jax.training.checkpoint import Checkpointer
+from longctx_jax.training.loop import CONFIG_FILE, TrainData, TrainState
+from longctx_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run restored for use: its config, model, weights and step."""
+
+    config: ml_collections.ConfigDict
+    model: Decoder
+    variables: dict[str, PyTree]
+    step: int
+
+
+def train_data(config: ml_collections.ConfigDict, splits: data.Splits) -> TrainData:
+    """Returns the training split as the loop wants it."""
+    tokenizer = data.build_tokenizer(config.data.tokenizer)
+    stream = splits["train"]
+    sizes = {
+        "seq_len": config.data.seq_len,
+        "global_batch_size": config.data.global_batch_size,
+        "seed": config.train.seed,
+        "order": config.data.order,
+    }
+    dataset = data.make_dataset(stream, tokenizer, **sizes, vocab_size=config.model.vocab_size)
+    return TrainData(
+        dataset=dataset,
+        position_of=lambda step: data.position_of(stream, tokenizer, step, **sizes),
+        is_bytes=tokenizer.name == "bytes",
+    )
+
+
+def eval_cache_len(config: ml_collections.ConfigDict) -> int:
+    """Returns how many tokens full attention looks back on in evaluation and generation."""
+    return config.eval.cache_len or config.train.cache_len or config.data.seq_len
+
+
+def evaluate_split(
+    config: ml_collections.ConfigDict,
+    model: Decoder,
+    variables: dict[str, PyTree],
+    stream: data.TextStream,
+    *,
+    max_bytes: int,
+    show_progress: bool = False,
+) -> dict[str, float]:
+    """Streams (the first max_bytes of, 0 = all of) a split through the model; see `evaluate`."""
+    tokens = data.tokenize(stream, data.build_tokenizer(config.data.tokenizer))
+    batches = data.evaluation_stripes(
+        tokens,
+        batch_size=config.eval.batch_size,
+        seq_len=config.eval.seq_len or config.data.seq_len,
+        max_bytes=max_bytes,
+        vocab_size=config.model.vocab_size,
+    )
+    n_bytes = min(stream.n_bytes, max_bytes) if max_bytes else stream.n_bytes
+    return evaluate(
+        model,
+        variables,
+        batches,
+        cache_len=eval_cache_len(config),
+        first_token_bytes=int(tokens.tokenizer.token_bytes(tokens.read(0, 1))[0]),
+        n_words=data.count_words(stream, n_bytes),
+        progress=progress_line(tokens.tokens_within(n_bytes)) if show_progress else None,
+    )
+
+
+def evaluator(config: ml_collections.ConfigDict, model: Decoder, splits: data.Splits) -> Callable:
+    """Returns state -> results on config.eval.split, for the training loop."""
+    stream = splits[config.eval.split]
+
+    def run(state: TrainState) -> dict[str, float]:
+        return evaluate_split(
+            config, model, state.eval_variables, stream, max_bytes=config.eval.max_bytes
+        )
+
+    return run
+
+
+def restore_run(workdir: str, step: int = -1) -> TrainedRun:
+    """Returns the run in `workdir` at a step, -1 = the newest whole checkpoint.
+
+    The averaged weights are taken where the run keeps them.
+
+    Raises:
+        FileNotFoundError: no run, or no such step.
+        CheckpointError: damaged files.
+    """
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--workdir must be the folder of a run: {path} does not exist; train one with "
+            "python -m scripts.train --config=configs/quickstart.py --workdir=" + str(workdir)
+        )
+    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    model = build_model(config.model)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    field = "ema" if config.train.ema_decay else "params"
+    template = {field: variables["params"], "model_state": variables["model_state"]}
+    checkpointer = Checkpointer(workdir, is_read_only=True)
+    if step >= 0:
+        restored = checkpointer.restore(step, template)
+    else:
+        restored = checkpointer.restore_latest(template)
+    if restored is None:
+        raise FileNotFoundError(
+            f"--workdir must have a checkpoint: {workdir} has none yet; let scripts.train run on"
+        )
+    state = restored.state
+    logging.info("workdir=%s step=%d weights=%s", workdir, restored.step, field)
+    variables = {"params": state[field], "model_state": state["model_state"]}
+    return TrainedRun(config, model, variables, restored.step)
+
+
+def progress_line(n_tokens: int) -> Callable[[int, float], None]:
+    """Returns a callback that prints tokens, rate and time left to stderr about once a second."""
+    last = time.monotonic()
+
+    def show(done: int, seconds: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 1.0 and done < n_tokens:
+            return
+        last = now
+        rate = done / max(seconds, 1e-9)
+        left = (n_tokens - done) / max(rate, 1e-9)
+        text = f"evaluated {done:,} of {n_tokens:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left"
+        end = "\n" if done >= n_tokens else "\r"
+        print(f"{text:<78}", end=end, file=sys.stderr, flush=True)
+
+    return show
