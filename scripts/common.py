@@ -8,6 +8,7 @@ the command line is wrong, 1 otherwise. Everything else is a bug and keeps its t
 import difflib
 import importlib.util
 import linecache
+import logging as std_logging
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
@@ -85,7 +86,13 @@ def run(main: Callable[[list[str]], int | None], *, accept_args: bool = False) -
             code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
             _fail(error_text(error), code)
 
+    logging.get_absl_handler().addFilter(_is_worth_showing)
     app.run(checked_main, flags_parser=_parse_flags)
+
+
+def _is_worth_showing(record: Any) -> bool:
+    """Drops what Orbax reports about saves that go well: dozens of lines each."""
+    return "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
 
 
 def is_user_error(error: BaseException) -> bool:

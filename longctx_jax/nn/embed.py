@@ -6,10 +6,11 @@ import jax.numpy as jnp
 
 
 class Embed(nn.Module):
-    """Table [vocab, d_model] with unit-variance rows at the input, and the output matrix.
+    """Table [vocab, d_model] and the output matrix: the same table, or one of its own.
 
-    The table has standard deviation 1/sqrt(d_model) and is multiplied by sqrt(d_model) on the way
-    in, so a tied output matrix starts with logits of unit variance.
+    Both start with standard deviation 1/sqrt(d_model), so logits start with about unit variance.
+    A table of its own is multiplied by sqrt(d_model) on the way in; a tied one is not, since the
+    residual stream would then start by predicting the token it has just read.
     """
 
     vocab_size: int
@@ -26,7 +27,8 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings, [batch, seq] -> [batch, seq, d_model]."""
-        return (self.table[tokens] * self.d_model**0.5).astype(self.dtype)
+        scale = 1.0 if self.is_tied else self.d_model**0.5
+        return (self.table[tokens] * scale).astype(self.dtype)
 
     def unembedding(self) -> jax.Array:
         """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""

@@ -29,8 +29,19 @@ SHAPES = {
     "chunk_over_seq": (1, 7, 2, 3, 9, True, (0,)),
 }
 LOG_DECAYS = np.array([np.log(0.9), np.log(0.5), 0.0, -np.inf])
+# The other cases are slow only because each compiles its own program.
+FAST = {
+    "reference": ("chunk_plus_1",),
+    "recurrent": ("chunk_plus_1",),
+    "chunked": ("one_token", "chunk_minus_1", "chunk_plus_1", "chunks_of_1", "chunk_over_seq"),
+}
 CASES = [
-    pytest.param(form, shape, id=f"{form}-{shape}")
+    pytest.param(
+        form,
+        shape,
+        id=f"{form}-{shape}",
+        marks=() if shape in FAST[form] else pytest.mark.slow,
+    )
     for form in FORMS
     for shape in SHAPES
     if form == "chunked" or not shape.startswith("chunks_of_1")
