@@ -22,6 +22,13 @@ def in_float64(function):
     return wrapped
 
 
+def random_variables(function, *args, scale: float = 0.3):
+    """Returns float32 random numbers shaped like function(*args), without compiling it."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(function, *args))
+    arrays = [make_normal(i, *leaf.shape, scale=scale) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, [array.astype(np.float32) for array in arrays])
+
+
 def sub_jaxprs(jaxpr):
     """Yields a jaxpr and every jaxpr inside its equations."""
     yield jaxpr

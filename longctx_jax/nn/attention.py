@@ -78,6 +78,7 @@ class SoftmaxAttention(nn.Module):
                 value,
                 cache,
                 documents,
+                window_len=self.window_len,
                 relative_bias=bias,
                 implementation=self.implementation,
             )

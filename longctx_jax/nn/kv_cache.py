@@ -73,14 +73,21 @@ def cached_attention(
     cache: KVCache,
     documents: Documents,
     *,
+    window_len: int,
     relative_bias: jax.Array | None,
     implementation: str,
 ) -> tuple[jax.Array, KVCache]:
     """Attends over the cached and the new tokens, and appends the new ones.
 
     Args:
-        query: [batch, seq, heads, key], rotated like key if at all.
-        key, value: of the same tokens, [batch, seq, kv_heads, ...].
+        query: of the new tokens, [batch, seq, heads, key], rotated like key if at all.
+        key: [batch, seq, kv_heads, key].
+        value: [batch, seq, kv_heads, value].
+        cache: what came before; its capacity is at most window_len.
+        documents: of the new tokens, numbered as those in the cache.
+        window_len: tokens a query sees; 0 = as many as the cache holds.
+        relative_bias: as in `attention`.
+        implementation: for the new tokens among themselves.
 
     Returns:
         out [batch, seq, heads, value], and the extended cache.
@@ -101,7 +108,7 @@ def cached_attention(
         value,
         Keys(positions, positions, segments, segments),
         is_aligned=True,
-        window_len=capacity if seq > capacity else 0,
+        window_len=capacity if seq > capacity else window_len,
         relative_bias=relative_bias,
         implementation=implementation,
     )

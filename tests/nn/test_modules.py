@@ -1,0 +1,256 @@
+"""MLP, embedding, mixers and block: shapes, parameter counts, formulas, dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx_jax.nn.attention import SoftmaxAttention
+from longctx_jax.nn.blocks import Block
+from longctx_jax.nn.decay_attention import DecayAttention, log_decays
+from longctx_jax.nn.embed import Embed
+from longctx_jax.nn.mlp import MLP
+from tests.helpers import assert_close, make_normal, random_variables
+
+D_MODEL = 8
+KEY = jax.random.key(0)
+
+
+def init(module, *args, **options):
+    """Returns random variables of a module; compiling its own initialisers would take seconds."""
+    return random_variables(lambda: module.init(KEY, *args, **options))
+
+
+def n_elements(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def make_decay(**changes):
+    fields = {
+        "n_heads": 2,
+        "d_key": 4,
+        "d_value": 6,
+        "kind": "retnet",
+        "chunk_len": 4,
+        "position": "rotary",
+        "rope_theta": 100.0,
+        "use_gate": True,
+        "implementation": "auto",
+        "dtype": "float32",
+        "output_scale": 1.0,
+    }
+    return DecayAttention(**{**fields, **changes})
+
+
+def make_softmax(**changes):
+    fields = {
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_key": 4,
+        "d_value": 6,
+        "window_len": 0,
+        "position": "rotary",
+        "rope_theta": 100.0,
+        "qk_norm": False,
+        "implementation": "auto",
+        "dtype": "float32",
+        "output_scale": 1.0,
+    }
+    return SoftmaxAttention(**{**fields, **changes})
+
+
+def count_params(mixer):
+    shapes = jax.eval_shape(
+        lambda: mixer.init(KEY, jnp.zeros((1, 3, D_MODEL)), None, None, train=False)
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+    return n_elements(shapes)
+
+
+# --- MLP and embedding -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "n_matrices"), [("swiglu", 3), ("gelu", 2)])
+def test_mlp(kind, n_matrices):
+    mlp = MLP(kind, 12, "float32", 1.0)
+    x = jnp.float32(make_normal(0, 2, 3, D_MODEL))
+    variables = init(mlp, x)
+    y = jax.jit(mlp.apply)(variables, x)
+    assert n_elements(variables) == n_matrices * 12 * D_MODEL
+    weights = {name: np.asarray(p["kernel"], np.float64) for name, p in variables["params"].items()}
+    x = np.asarray(x, np.float64)
+    up = x @ weights["up"]
+    if kind == "swiglu":
+        gate = x @ weights["gate"]
+        hidden = gate / (1 + np.exp(-gate)) * up
+    else:
+        hidden = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    assert_close(y, hidden @ weights["down"], rel_rms=1e-6)
+
+
+def test_output_scale_is_a_standard_deviation():
+    mlp = MLP("gelu", 512, "float32", 0.1)
+    kernels = jax.jit(mlp.init)(KEY, jnp.zeros((1, 256)))["params"]
+    assert np.std(kernels["up"]["kernel"]) == pytest.approx(256**-0.5, rel=0.02)
+    assert np.std(kernels["down"]["kernel"]) == pytest.approx(0.1 * 512**-0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_embedding(is_tied):
+    embed = Embed(11, 16, is_tied, "float32")
+    tokens = jnp.array([[0, 10, 3]])
+    variables = init(embed, tokens)
+    x = jax.jit(embed.apply)(variables, tokens)
+    assert n_elements(variables) == 11 * 16 * (1 if is_tied else 2)
+    table = np.asarray(variables["params"]["table"])
+    scale = 1.0 if is_tied else 4.0  # sqrt(width)
+    assert_close(x, scale * table[[[0, 10, 3]]], rel_rms=1e-6)
+    output = embed.apply(variables, method="unembedding")
+    assert output.shape == (16, 11)
+    assert np.array_equal(output, table.T) == is_tied
+    assert np.array_equal(output.T, table if is_tied else variables["params"]["output"])
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_logits_of_unit_activations_have_unit_variance(is_tied):
+    embed = Embed(512, 64, is_tied, "float32")
+    variables = jax.jit(embed.init)(KEY, jnp.zeros((1, 1), jnp.int32))
+    hidden = np.random.default_rng(0).standard_normal((50, 64))
+    logits = hidden @ np.asarray(embed.apply(variables, method="unembedding"))
+    assert np.std(logits) == pytest.approx(1.0, rel=0.03)
+
+
+# --- mixers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra"),
+    [
+        ({}, 0),
+        ({"position": "relative"}, 4 * 32),
+        ({"qk_norm": True}, 2 * 4),
+        ({"position": "none", "n_kv_heads": 4}, D_MODEL * 2 * (4 + 6)),
+    ],
+    ids=["gqa", "relative", "qk_norm", "mha"],
+)
+def test_softmax_parameters(changes, extra):
+    query, key, value, out = 4 * 4, 2 * 4, 2 * 6, 4 * 6
+    assert count_params(make_softmax(**changes)) == D_MODEL * (query + key + value + out) + extra
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra"),
+    [
+        ({}, 2 * 6 * D_MODEL),
+        ({"use_gate": False}, 0),
+        ({"kind": "learned", "use_gate": False}, 2),
+    ],
+    ids=["gate", "plain", "learned"],
+)
+def test_decay_parameters(changes, extra):
+    query, key, value, out, norm = 2 * 4, 2 * 4, 2 * 6, 2 * 6, 6
+    expected = D_MODEL * (query + key + value + out) + norm + extra
+    assert count_params(make_decay(**changes)) == expected
+
+
+def test_log_decays():
+    heads = np.arange(4)
+    assert_close(log_decays("retnet", 4), np.log(1 - 2.0 ** (-5.0 - heads)), rel_rms=1e-6)
+    assert_close(log_decays("learned", 4), np.log(1 - 2.0 ** (-5.0 - heads)), rel_rms=1e-6)
+    assert_close(log_decays("lightning", 4), [-(2.0**-2), -(2.0**-4), -(2.0**-6), -(2.0**-8)], rel_rms=1e-6)
+    assert np.array_equal(log_decays("none", 4), np.zeros(4))
+    assert all(log_decays(kind, 4).dtype == np.float32 for kind in ("retnet", "lightning", "none"))
+
+
+def test_learned_decay_starts_at_retnet_stays_negative_and_learns():
+    mixer, x = make_decay(kind="learned"), jnp.float32(make_normal(0, 1, 6, D_MODEL))
+    fresh = jax.jit(lambda: mixer.init(KEY, x, None, None, train=False)["params"]["decay_rate"])
+    assert_close(-np.logaddexp(0.0, fresh()), log_decays("retnet", 2), rel_rms=1e-6)
+    params = init(mixer, x, None, None, train=False)["params"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params, x):
+        y = mixer.apply({"params": params}, x, None, None, train=False)[0]
+        return jnp.sum(y[:, -1] ** 2)
+
+    gradient = run(params, x)[1]["decay_rate"]
+    assert np.all(np.isfinite(gradient)) and np.all(gradient != 0)
+    # However far an optimizer pushes the rate: at one end nothing decays, and nothing grows ...
+    rest = {name: p for name, p in params.items() if name != "decay_rate"}
+    same = make_decay(kind="none")
+    expected = jax.jit(lambda p: same.apply({"params": p}, x, None, None, train=False)[0])(rest)
+    keeps_all = run({**params, "decay_rate": jnp.full(2, -1e4)}, x)[0]
+    assert_close(keeps_all, jnp.sum(expected[:, -1] ** 2), rel_rms=1e-5)
+    # ... and at the other a token sees only itself.
+    keeps_none = {**params, "decay_rate": jnp.full(2, 1e4)}
+    moved = x.at[:, :-1].multiply(2.0)
+    assert_close(run(keeps_none, moved)[0], run(keeps_none, x)[0], rel_rms=1e-6)
+    assert abs(run(params, moved)[0] - run(params, x)[0]) > 1e-3
+
+
+def test_decay_cache_bytes():
+    cache = make_decay(dtype="bfloat16").init_cache(3, max_len=1000)
+    assert cache.state.nbytes == 3 * 4 * 2 * 4 * 6
+    assert cache.state.dtype == jnp.float32 and cache.position.shape == (3,)
+
+
+# --- block -------------------------------------------------------------------------------------
+
+
+def make_block(dropout=0.0, **changes):
+    return Block(
+        mixer=make_softmax(),
+        **{
+            "mlp": "swiglu",
+            "d_ff": 12,
+            "norm": "rms",
+            "dropout": dropout,
+            "dtype": "float32",
+            "output_scale": 1.0,
+            **changes,
+        },
+    )
+
+
+def test_dropout_only_in_training():
+    block, plain = make_block(0.5), make_block()
+    x = jnp.float32(make_normal(0, 1, 5, D_MODEL))
+    variables = init(plain, x, None)
+
+    def run(block, train):
+        return jax.jit(lambda v: block.apply(v, x, None, train=train)[0])(variables)
+
+    expected = run(plain, False)
+    assert np.array_equal(run(plain, True), expected)
+    assert np.array_equal(run(block, False), expected)
+    train = jax.jit(
+        lambda key: block.apply(variables, x, None, train=True, rngs={"dropout": key})[0]
+    )
+    dropped = train(jax.random.key(1))
+    assert np.array_equal(train(jax.random.key(1)), dropped)
+    assert not np.allclose(train(jax.random.key(2)), dropped)
+    assert not np.allclose(dropped, expected)
+
+
+def test_dropout_falls_on_what_each_half_adds():
+    """With everything dropped but the residual, the block is the identity."""
+    block = make_block(0.999999)
+    x = jnp.float32(make_normal(0, 1, 5, D_MODEL))
+    variables = init(make_block(), x, None)
+    run = jax.jit(lambda v: block.apply(v, x, None, train=True, rngs={"dropout": KEY})[0])
+    y = run(variables)
+    assert np.array_equal(y, x)
+
+
+def test_block_without_mixer_and_mlp_output_is_the_identity():
+    block = make_block(norm="layer", mlp="gelu")
+    x = jnp.float32(make_normal(0, 1, 5, D_MODEL))
+    params = init(block, x, None)["params"]
+    names = ["mixer", "mixer_norm", "mlp", "mlp_norm"]
+    assert sorted(params) == names
+    params["mixer"]["out"]["kernel"] = 0 * params["mixer"]["out"]["kernel"]
+    params["mlp"]["down"]["kernel"] = 0 * params["mlp"]["down"]["kernel"]
+    y, cache, aux = jax.jit(lambda p: block.apply({"params": p}, x, None))(params)
+    assert np.array_equal(y, x) and cache is None
+    assert jax.tree.leaves(aux) == []
