@@ -1,0 +1,97 @@
+"""Model FLOPs by formula: what the mathematics needs, whatever the hardware does.
+
+Matrix products only, a multiply and an add each count. Recomputation (remat, blockwise attention) is not
+model work and not counted. Exact attention counts the (query, key) pairs that are visible: the causal
+half, or the window. Forms that compute the masked pairs as well do up to twice that, so they show a lower
+model FLOP/s; pairs="dense" counts those, as a dense form computes them. Decay attention counts its
+chunked form, the square inside a chunk in full: there is no smaller conventional number.
+"""
+
+from longctx_jax.models.config import ModelConfig
+
+TRAIN_FACTOR = 3  # forward, and a backward pass of two products for each of the forward's
+
+
+def forward_flops_per_token(
+    config: ModelConfig,
+    seq_len: int,
+    *,
+    n_past: int = 0,
+    cache_len: int = 0,
+    pairs: str = "visible",
+) -> float:
+    """Returns the mean forward FLOPs of a token over one call.
+
+        sum over layers of (mixer + MLP), plus 2 d_model vocab
+
+    Args:
+        config: with its pattern filled in (`build_model(...).config`).
+        seq_len: tokens of the call.
+        n_past: tokens of the stream before the call that the caches have seen.
+        cache_len: tokens full attention looks back on, its own included; 0 = all.
+        pairs: "visible", or "dense": all seq_len own keys and the whole cache of every query.
+
+    Raises:
+        ValueError: if pairs is neither.
+    """
+    if pairs not in ("visible", "dense"):
+        raise ValueError(f'pairs must be "visible" or "dense": got {pairs!r}; choose one of them')
+    n_repeats = config.n_layers // len(config.pattern)
+    total = config.n_layers * mlp_flops(config)
+    for kind in config.pattern:
+        if kind == "decay":
+            layer = decay_flops(config, seq_len)
+        else:
+            window = config.sliding.window_len if kind == "sliding" else 0
+            reach = min(filter(None, (window, cache_len)), default=0)
+            if pairs == "dense":
+                n_keys = float(seq_len + (reach or n_past if n_past else 0))
+            else:
+                n_keys = mean_visible_keys(seq_len, n_past, reach)
+            layer = softmax_flops(config, n_keys)
+        total += n_repeats * layer
+    return total + 2 * config.d_model * config.vocab_size
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int, **past) -> float:
+    """Returns 3 times `forward_flops_per_token`: one pass forward, twice its products backward."""
+    return TRAIN_FACTOR * forward_flops_per_token(config, seq_len, **past)
+
+
+def mean_visible_keys(seq_len: int, n_past: int = 0, reach: int = 0) -> float:
+    """Returns the mean over a call's queries of how many keys each sees, its own included.
+
+    Query t sees n_past + t + 1 keys, at most `reach` (0 = no limit): (seq_len + 1) / 2 for a causal
+    window on its own.
+    """
+    if not reach:
+        return n_past + (seq_len + 1) / 2
+    n_growing = min(seq_len, max(0, reach - n_past))  # queries that still see everything
+    growing = n_growing * n_past + n_growing * (n_growing + 1) / 2
+    return (growing + (seq_len - n_growing) * reach) / seq_len
+
+
+def mlp_flops(config: ModelConfig) -> int:
+    """Returns 2 d_model d_ff a matrix: three of them for swiglu, two for gelu."""
+    return 2 * config.d_model * config.d_ff * (3 if config.mlp == "swiglu" else 2)
+
+
+def softmax_flops(config: ModelConfig, n_keys: float) -> float:
+    """Returns projections 2 d (H K + H_kv (K + V) + H V), and 2 H n_keys (K + V) for attention."""
+    d, heads, d_key, d_value = config.d_model, config.n_heads, config.d_key, config.d_value
+    inputs = heads * d_key + config.n_kv_heads * (d_key + d_value)
+    projections = 2 * d * (inputs + heads * d_value)
+    return projections + 2 * heads * n_keys * (d_key + d_value)
+
+
+def decay_flops(config: ModelConfig, seq_len: int) -> float:
+    """Returns projections 2 d H (2 K + 2 V, + V gated), and 2 H (c (K + V) + 2 K V) for the op.
+
+    c = min(chunk_len, seq_len): scores and values within a chunk, then the read and the update of
+    the state. A short last chunk is not rounded up.
+    """
+    heads, d_key, d_value = config.n_heads, config.d_key, config.d_value
+    chunk = min(config.decay.chunk_len, seq_len)
+    n_value = 3 if config.decay.use_gate else 2
+    projections = 2 * config.d_model * heads * (2 * d_key + n_value * d_value)
+    return projections + 2 * heads * (chunk * (d_key + d_value) + 2 * d_key * d_value)

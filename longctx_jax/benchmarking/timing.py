@@ -1,0 +1,210 @@
+"""Timing of compiled functions, and the rows that benchmarks are recorded in.
+
+Compilation is timed apart from runs; a run ends when its whole output is ready; cases that are compared
+run in turns (A B A B ...), so noise of the machine hits all of them. A row is a plain dict with units in
+its names, one JSON line in a file. Not here: what to measure (`suites.py`), figures (`figures.py`).
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+Row = dict[str, Any]
+# (output of the last run, None before the first) -> arguments of the next run. Runs outside the clock.
+MakeInputs = Callable[[Any], tuple]
+
+COMPILED_PLAN = "compiled plan: arguments + outputs - aliased + temporaries"
+MIN_RUNS = 3  # that a time limit must leave
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A jitted function, and what makes its arguments (static ones must be bound already)."""
+
+    function: Any
+    make_inputs: MakeInputs
+
+
+def measure(
+    function: Any,
+    make_inputs: MakeInputs,
+    *,
+    n_runs: int = 20,
+    n_warmup: int = 2,
+    min_seconds: float = 0.0,
+    max_seconds: float = 0.0,
+) -> Row:
+    """Returns the measurement fields of one jitted function; see `measure_in_turns`."""
+    cases = {"": Case(function, make_inputs)}
+    limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
+    (row,), _ = _unzip(measure_in_turns(cases, n_runs=n_runs, n_warmup=n_warmup, **limits))
+    return row
+
+
+def _unzip(measured: Mapping[str, tuple[Row, np.ndarray]]) -> tuple[list[Row], list[np.ndarray]]:
+    return [row for row, _ in measured.values()], [times for _, times in measured.values()]
+
+
+def measure_in_turns(
+    cases: Mapping[str, Case],
+    *,
+    n_runs: int = 20,
+    n_warmup: int = 2,
+    min_seconds: float = 0.0,
+    max_seconds: float = 0.0,
+) -> dict[str, tuple[Row, np.ndarray]]:
+    """Returns (measurement fields, seconds of every run) a case; run r of all cases lie together.
+
+    Args:
+        cases: by name. Donated arguments are safe: make_inputs hands out new ones each run.
+        n_runs: measured rounds, >= 1.
+        n_warmup: rounds before them that do not count.
+        min_seconds: go on past n_runs until the rounds add up to this.
+        max_seconds: stop early once the rounds add up to this (after 3 at least); 0 = no limit.
+
+    Returns:
+        Fields trace_s, compile_s, n_runs (as made), n_warmup, median_ms, quartile_1_ms,
+        quartile_3_ms, min_ms, and those of `memory_fields`.
+
+    Raises:
+        ValueError: if n_runs < 1 or n_warmup < 0.
+    """
+    if n_runs < 1 or n_warmup < 0:
+        raise ValueError(
+            f"a measurement needs a run: got n_runs={n_runs}, n_warmup={n_warmup}; set --n_runs >= 1"
+        )
+    compiled, fields, outputs = {}, {}, {}
+    for name, case in cases.items():
+        inputs = jax.block_until_ready(case.make_inputs(None))
+        compiled[name], fields[name] = _compile(case.function, inputs)
+        outputs[name] = jax.block_until_ready(compiled[name](*inputs))
+        del inputs
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    total, n_done = 0.0, -n_warmup
+    while n_done < n_runs or total < min_seconds:
+        if max_seconds and total >= max_seconds and n_done >= MIN_RUNS:
+            break
+        for name, case in cases.items():
+            inputs = jax.block_until_ready(case.make_inputs(outputs.pop(name)))
+            start = time.perf_counter()
+            outputs[name] = jax.block_until_ready(compiled[name](*inputs))
+            seconds = time.perf_counter() - start
+            if n_done >= 0:
+                times[name].append(seconds)
+                total += seconds
+        n_done += 1
+    return {
+        name: (
+            fields[name]
+            | summary(times[name])
+            | {"n_warmup": n_warmup}
+            | memory_fields(compiled[name]),
+            np.asarray(times[name]),
+        )
+        for name in cases
+    }
+
+
+def summary(seconds: Sequence[float]) -> Row:
+    """Returns n_runs, the median, the quartiles and the minimum of run times, in ms."""
+    low, median, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
+    return {
+        "n_runs": len(seconds),
+        "median_ms": round(float(median), 4),
+        "quartile_1_ms": round(float(low), 4),
+        "quartile_3_ms": round(float(high), 4),
+        "min_ms": round(1e3 * min(seconds), 4),
+    }
+
+
+def memory_fields(compiled: Any) -> Row:
+    """Returns peak_bytes and peak_bytes_kind, and device_peak_bytes where the device counts.
+
+    peak_bytes belongs to the program alone: what its compiled plan allocates. device_peak_bytes is
+    the device's high-water mark since the process started, which earlier cases may have set.
+    """
+    plan = compiled.memory_analysis()
+    row: Row = {"peak_bytes": None, "peak_bytes_kind": "unknown"}
+    if plan is not None:
+        held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        row = {"peak_bytes": held + plan.temp_size_in_bytes, "peak_bytes_kind": COMPILED_PLAN}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        row["device_peak_bytes"] = stats["peak_bytes_in_use"]
+    return row
+
+
+def environment(command: str) -> Row:
+    """Returns the fields every row has: device, versions, date, revision, host, command."""
+    device = jax.local_devices()[0]
+    versions = {f"{name}_version": importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "n_devices": jax.device_count(),
+        "host_cpus": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "python_version": platform.python_version(),
+        **versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "revision": git_revision(),
+        "command": command,
+    }
+
+
+def git_revision(folder: str | os.PathLike[str] = pathlib.Path(__file__).parent) -> str:
+    """Returns the commit of the checkout that holds `folder`, "-dirty" if changed, or "unknown"."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", os.fspath(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return revision + ("-dirty" if changed else "")
+
+
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+    """Appends rows as JSON lines in one write, making the folder if need be.
+
+    Readers and other writers see whole rows only; an interrupted benchmark keeps the rows before.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """Returns the rows of a file in the order they were written."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _compile(function: Any, inputs: tuple) -> tuple[Any, Row]:
+    start = time.perf_counter()
+    lowered = function.lower(*inputs)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    return compiled, {"trace_s": round(traced - start, 4), "compile_s": round(done - traced, 4)}

@@ -1,0 +1,81 @@
+"""The FLOP formulas against the matrix products that the models really contain."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from longctx_jax.benchmarking import flops
+from longctx_jax.models import build_model
+from longctx_jax.models.config import ModelConfig
+
+BATCH, SEQ = 2, 24
+SIZES = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 40, "vocab_size": 11}
+
+
+def count_dots(jaxpr) -> int:
+    """FLOPs of every dot_general, loop bodies times their trip count."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            width = math.prod(left[axis] for axis in contracted)
+            total += 2 * width * math.prod(equation.outvars[0].aval.shape)
+        inner = [getattr(v, "jaxpr", v) for v in equation.params.values()]
+        trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += trips * sum(count_dots(j) for j in inner if hasattr(j, "eqns"))
+    return total
+
+
+def dots_of(model, seq=SEQ):
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((BATCH, seq), np.int32)
+    return count_dots(jax.make_jaxpr(model.apply)(variables, tokens).jaxpr)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "transformer"},
+        {"name": "transformer", "n_kv_heads": 1, "mlp": "gelu", "d_key": 6, "d_value": 4},
+        {"name": "transformer", "pattern": ("sliding",)},
+        {"name": "decay", "d_value": 12},
+        {"name": "transformer", "pattern": ("decay", "softmax")},
+    ],
+    ids=str,
+)
+def test_formula_counts_every_product_of_the_dense_forms(fields):
+    model = build_model(SIZES | fields | {"decay": {"chunk_len": 8}})
+    per_token = flops.forward_flops_per_token(model.config, SEQ, pairs="dense")
+    assert BATCH * SEQ * per_token == dots_of(model)
+
+
+def test_causal_half_is_the_only_difference_to_dense():
+    config = build_model(SIZES).config
+    dense = flops.forward_flops_per_token(config, SEQ, pairs="dense")
+    masked = 2 * 2 * config.n_heads * (SEQ - (SEQ + 1) / 2) * (config.d_key + config.d_value)
+    assert flops.forward_flops_per_token(config, SEQ) == dense - masked
+    assert flops.train_flops_per_token(config, SEQ) == 3 * (dense - masked)
+
+
+@pytest.mark.parametrize(
+    "seq, past, reach", [(7, 0, 0), (7, 0, 3), (7, 5, 8), (7, 9, 4), (1, 9, 0)]
+)
+def test_visible_keys_by_counting(seq, past, reach):
+    counted = [min(past + t + 1, reach or math.inf) for t in range(seq)]
+    assert flops.mean_visible_keys(seq, past, reach) == pytest.approx(np.mean(counted))
+
+
+def test_window_and_cache_bound_the_pairs():
+    config = build_model(SIZES | {"pattern": ("sliding",), "sliding": {"window_len": 4}}).config
+    near = flops.forward_flops_per_token(config, 1, n_past=3)
+    assert flops.forward_flops_per_token(config, 1, n_past=1000) == near
+    full = build_model(SIZES).config
+    assert flops.forward_flops_per_token(full, 1, n_past=1000, cache_len=4) == near
+
+
+def test_unknown_pairs_are_named():
+    with pytest.raises(ValueError, match="pairs must be"):
+        flops.forward_flops_per_token(ModelConfig(pattern=("softmax",)), 8, pairs="half")
