@@ -1,8 +1,9 @@
 """Timing of compiled functions, and the rows that benchmarks are recorded in.
 
-Compilation is timed apart from runs; a run ends when its whole output is ready; cases that are compared
-run in turns (A B A B ...), so noise of the machine hits all of them. A row is a plain dict with units in
-its names, one JSON line in a file. Not here: what to measure (`suites.py`), figures (`figures.py`).
+Compilation is timed apart from runs; a run ends when its whole output is ready; cases that are
+compared run in turns (A B A B ...), so noise of the machine hits all of them. A row is a plain dict
+with units in its names, one JSON line in a file. Not here: what to measure (`suites.py`,
+`decode_suite.py`), figures (`figures.py`).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 Row = dict[str, Any]
-# (output of the last run, None before the first) -> arguments of the next run. Runs outside the clock.
+# (output of the last run, None before the first) -> arguments of the next; outside the clock.
 MakeInputs = Callable[[Any], tuple]
 
 COMPILED_PLAN = "compiled plan: arguments + outputs - aliased + temporaries"
@@ -83,7 +84,8 @@ def measure_in_turns(
     """
     if n_runs < 1 or n_warmup < 0:
         raise ValueError(
-            f"a measurement needs a run: got n_runs={n_runs}, n_warmup={n_warmup}; set --n_runs >= 1"
+            f"a measurement needs a run: got n_runs={n_runs}, n_warmup={n_warmup}; "
+            "set --n_runs to 1 or more"
         )
     compiled, fields, outputs = {}, {}, {}
     for name, case in cases.items():

@@ -2,8 +2,8 @@
 
 One file of plain JAX and optax: no Flax, no scan over layers, no cache, no documents, no schedule,
 nothing of this package. It is the same model as `config.model.name = "transformer"` with default
-fields (pre-norm RMSNorm, rotary multi-head attention, SwiGLU, tied embeddings), written as one would
-write it for speed alone. A test copies weights over and checks that loss and gradients agree.
+fields (pre-norm RMSNorm, rotary multi-head attention, SwiGLU, tied embeddings), written as one
+would write it for speed alone. A test copies weights over and compares loss, gradients and update.
 """
 
 from collections.abc import Callable
@@ -99,7 +99,10 @@ def make_optimizer(
 
 
 def make_train_step(shape: Shape, tx: optax.GradientTransformation) -> Callable:
-    """Returns the compiled ((params, opt_state), tokens, targets) -> (state, metrics), state donated."""
+    """Returns the compiled (state, tokens, targets) -> (state, metrics); state is donated.
+
+    The state is (params, opt_state); metrics are loss (nats a token) and grad_norm.
+    """
 
     def train_step(state, tokens, targets):
         params, opt_state = state

@@ -102,6 +102,7 @@ def train(
             return run.go(stop)
     finally:
         run.close()
+        checkpointer.close()  # a save that is under way finishes even if the run has failed
 
 
 class _Run:
@@ -164,7 +165,7 @@ class _Run:
             print(f"{stop.signal_name}: saving step {self.step}", file=sys.stderr, flush=True)
         if self.saved_step != self.step:
             self._save()
-        self.checkpointer.close()
+        self.checkpointer.wait()
         record = {"step": self.step, "is_finished": self.step >= n_steps}
         if record["is_finished"]:
             record["eval"] = results or self._evaluate()

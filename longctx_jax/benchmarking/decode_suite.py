@@ -1,0 +1,123 @@
+"""The suite `decode`: prefill and the compiled token loop by context length and batch.
+
+Both functions are what `decoding.generate` runs, with greedy draws: the prompt in pieces of PREFILL_LEN
+tokens, then one compiled loop of one-token calls. A test holds their tokens against generate's.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longctx_jax.benchmarking import flops
+from longctx_jax.benchmarking.suites import (
+    Limits,
+    base_model,
+    shape_fields,
+    speed_fields,
+    variant,
+)
+from longctx_jax.benchmarking.timing import Case, Row
+from longctx_jax.models.base import Decoder
+
+KINDS = ("softmax", "sliding", "decay")
+PREFILL_LEN = 512  # tokens a call, the default of generate
+CONTEXT_LENS = (256, 1024, 4096, 16384)
+CPU_CONTEXT_LENS = (256, 1024, 4096)  # longer prefills take minutes a run there
+BATCH_SIZES = (1, 8)
+
+
+def decode_rows(config: Any, limits: Limits) -> Iterator[Row]:
+    """Yields a prefill row and a token-loop row a (context length, batch size, mixer)."""
+    base = base_model(config, limits)
+    lengths = CPU_CONTEXT_LENS if jax.default_backend() == "cpu" else CONTEXT_LENS
+    lengths = limits.lengths or ((16, 32) if limits.is_quick else lengths)
+    n_new = 4 if limits.is_quick else 64
+    models = {kind: variant(base, (kind,)) for kind in KINDS}
+    for context_len, batch_size in itertools.product(lengths, BATCH_SIZES):
+        prefills = {k: prefill_case(m, batch_size, context_len, n_new) for k, m in models.items()}
+        prefill = limits.measure(prefills)
+        loop = limits.measure({k: loop_case(prefills[k], m, n_new) for k, m in models.items()})
+        for kind, model in models.items():
+            fields = {
+                "suite": "decode",
+                "pattern": (kind,),
+                "context_len": context_len,
+                "n_new_tokens": n_new,
+                **shape_fields(model.config, batch_size, context_len),
+                "cache_bytes": cache_bytes(model, batch_size, context_len + n_new),
+            }
+            row = prefill[kind][0]
+            per_token = flops.forward_flops_per_token(model.config, context_len)
+            speed = speed_fields(row, batch_size * context_len, per_token)
+            yield {"name": f"prefill {kind}", "pass": "prefill", **fields, **row, **speed}
+            row = loop[kind][0]
+            middle = context_len + n_new // 2
+            per_token = flops.forward_flops_per_token(model.config, 1, n_past=middle)
+            speed = speed_fields(row, batch_size * n_new, per_token)
+            speed["token_ms"] = round(row["median_ms"] / n_new, 5)
+            yield {"name": f"loop {kind}", "pass": "loop", **fields, **row, **speed}
+
+
+def cache_bytes(model: Decoder, batch_size: int, max_len: int) -> int:
+    """Returns the bytes of the whole model cache."""
+    cache = jax.eval_shape(lambda: model.init_cache(batch_size, max_len))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def prefill_case(model: Decoder, batch_size: int, context_len: int, n_new: int) -> Case:
+    """Returns the pass over the prompt: (variables, tokens, empty cache) -> (last logits, cache)."""
+    variables = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def make_inputs(last):
+        del last
+        shape = (batch_size, context_len)
+        tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
+        return variables, jnp.asarray(tokens), model.init_cache(batch_size, context_len + n_new)
+
+    return Case(jax.jit(functools.partial(prefill, model), donate_argnums=2), make_inputs)
+
+
+def loop_case(prefilled: Case, model: Decoder, n_new: int) -> Case:
+    """Returns the loop of n_new one-token calls that continues the prefill of `prefilled`.
+
+    The cache is not donated: every run continues the same prompt.
+    """
+    variables, *rest = prefilled.make_inputs(None)
+    start = prefilled.function(variables, *rest)
+    return Case(jax.jit(functools.partial(token_loop, model, n_new)), lambda _: (variables, *start))
+
+
+def prefill(model: Decoder, variables, tokens: jax.Array, cache):
+    """Returns the logits [batch, vocab] after the last token, and the cache."""
+    piece = min(PREFILL_LEN, tokens.shape[1])
+    n_full = tokens.shape[1] // piece
+    pieces = tokens[:, : n_full * piece].reshape(tokens.shape[0], n_full, piece)
+
+    def step(cache, tokens):
+        out = model.hidden(variables, tokens, cache)
+        return out.cache, out.hidden[:, -1]
+
+    cache, last = jax.lax.scan(step, cache, jnp.moveaxis(pieces, 1, 0))
+    hidden = last[-1]
+    if tail := tokens.shape[1] - n_full * piece:
+        cache, hidden = step(cache, tokens[:, -tail:])
+    return (hidden @ model.unembedding(variables)).astype(jnp.float32), cache
+
+
+def token_loop(model: Decoder, n_new: int, variables, logits: jax.Array, cache):
+    """Returns n_new most likely tokens [batch, n_new], each fed back."""
+
+    def step(carry, _):
+        logits, cache = carry
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        out = model.apply(variables, token[:, None], cache)
+        return (out.logits[:, 0].astype(jnp.float32), out.cache), token
+
+    _, tokens = jax.lax.scan(step, (logits, cache), length=n_new)
+    return tokens.T

@@ -1,0 +1,185 @@
+"""Figures and tables from benchmark rows; pure functions, no files and no timing.
+
+Rows of several recordings may share a file: of rows about the same thing the newest counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+Rows = Sequence[Mapping[str, Any]]
+IDENTITY = (
+    "suite",
+    "part",
+    "pass",
+    "name",
+    "device",
+    "batch_size",
+    "seq_len",
+    "context_len",
+    "n_layers",
+    "d_model",
+    "dtype",
+    "remat",
+)
+COLUMNS = ("name", "pass", "batch_size", "seq_len", "median_ms", "tokens_per_s")
+MIDDLE_COLUMNS = ("token_ms", "cells", "cache_bytes", "model_flops_per_s")
+LAST_COLUMNS = ("compile_s", "peak_bytes", "n_runs", "speed_ratio")
+
+
+def newest(rows: Rows) -> list[Mapping[str, Any]]:
+    """Returns the last row of each `IDENTITY`, in order of first appearance."""
+    found: dict[tuple, Mapping[str, Any]] = {}
+    for row in rows:
+        found[tuple(str(row.get(name)) for name in IDENTITY)] = row
+    return list(found.values())
+
+
+def format_table(rows: Rows) -> str:
+    """Returns the rows as text in columns; a column that no row fills is left out."""
+    names = [n for n in COLUMNS + MIDDLE_COLUMNS + LAST_COLUMNS if any(n in r for r in rows)]
+    lines = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def progress(row: Mapping[str, Any]) -> str:
+    """Returns one line about a row just measured."""
+    where = " ".join(f"{n}={row[n]}" for n in ("pass", "batch_size", "seq_len") if n in row)
+    if "median_ms" not in row:
+        return f"{row['name']}: " + str(row.get("speed_ratio", row.get("skipped", "")))
+    return f"{row['name']} {where}: {row['median_ms']:.4g} ms, {row['tokens_per_s']:,.0f} tokens/s"
+
+
+def draw_rows(rows: Rows) -> Figure:
+    """Returns the figure of one suite's rows.
+
+    train: speed of each model, speed by length, time by schedule. decode: time a token, prefill
+    and cache by context length. Bars and points are medians, whiskers quartiles.
+
+    Raises:
+        ValueError: if there is no row, or rows of several suites or devices.
+    """
+    rows = newest(rows)
+    for field in ("suite", "device"):
+        values = sorted({str(row.get(field)) for row in rows})
+        if len(values) != 1:
+            raise ValueError(
+                f"a benchmark figure needs rows of one {field}: got {values or 'none'}; give each "
+                "its own --out file"
+            )
+    timed = [row for row in rows if "median_ms" in row]
+    panels: list[tuple[str, Callable[[Axes], None]]] = []
+    if rows[0]["suite"] == "decode":
+        panels = _decode_panels(timed)
+    else:
+        parts = {
+            p: [r for r in timed if r["part"] == p] for p in ("models", "lengths", "schedules")
+        }
+        panels = _train_panels(parts)
+    if not panels:
+        raise ValueError("a benchmark figure needs timed rows: got none; run the suite first")
+    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained", dpi=120)
+    for axes, (title, draw) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        draw(axes)
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    shape = rows[0]
+    figure.suptitle(
+        f"{shape['device']}, jax {shape.get('jax_version')}, {str(shape.get('date'))[:10]}, "
+        f"revision {shape.get('revision')}",
+        fontsize=9,
+    )
+    return figure
+
+
+def _train_panels(parts: Mapping[str, Rows]) -> list[tuple[str, Callable[[Axes], None]]]:
+    panels: list[tuple[str, Callable[[Axes], None]]] = []
+    if rows := parts["models"]:
+        title = "one update, batch {batch_size} x {seq_len} tokens".format(**rows[0])
+        panels.append((title, lambda axes, rows=rows: _bars(axes, rows)))
+    if rows := parts["lengths"]:
+        title = "training speed by sequence length"
+        panels.append(
+            (title, lambda axes, rows=rows: _lines(axes, rows, "seq_len", "tokens_per_s"))
+        )
+    if rows := [row for row in parts["schedules"] if row["pass"] == "train"]:
+        title = "{n_layers} layers, one row of {seq_len} tokens".format(**rows[0])
+        panels.append((title, lambda axes, rows=rows: _bars(axes, rows)))
+    return panels
+
+
+def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
+    loop = [row for row in rows if row["pass"] == "loop"]
+    prefill = [row for row in rows if row["pass"] == "prefill"]
+    if not loop:
+        return []
+    return [
+        ("time a token", lambda axes: _lines(axes, loop, "context_len", "token_ms")),
+        ("time of prefill", lambda axes: _lines(axes, prefill, "context_len", "median_ms")),
+        ("memory of the cache", lambda axes: _lines(axes, loop, "context_len", "cache_bytes")),
+    ]
+
+
+def _bars(axes: Axes, rows: Rows) -> None:
+    middle = [row["median_ms"] for row in rows]
+    errors = [
+        [row["median_ms"] - row["quartile_1_ms"] for row in rows],
+        [row["quartile_3_ms"] - row["median_ms"] for row in rows],
+    ]
+    labels = [
+        f"{row['name']}\n({row['cells']} cells)" if "cells" in row else row["name"] for row in rows
+    ]
+    bars = axes.barh(labels, middle, xerr=errors, color="tab:blue", height=0.6, ecolor="0.3")
+    axes.bar_label(bars, fmt="%.4g", padding=6, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel("time (ms): median and quartiles")
+
+
+def _lines(axes: Axes, rows: Rows, x: str, y: str) -> None:
+    units = {
+        "token_ms": "ms a token",
+        "median_ms": "ms",
+        "cache_bytes": "bytes",
+        "tokens_per_s": "tokens/s",
+    }
+    batches = sorted({row["batch_size"] for row in rows}) if x == "context_len" else [None]
+    kinds = list(dict.fromkeys(row["pattern"][0] for row in rows))
+    for color, kind in enumerate(kinds):
+        for style, batch in zip(("-", "--", ":", "-."), batches, strict=False):
+            chosen = [
+                r for r in rows if r["pattern"][0] == kind and batch in (None, r["batch_size"])
+            ]
+            chosen.sort(key=lambda r: r[x])
+            label = kind if batch is None else f"{kind}, batch {batch}"
+            points = [r[x] for r in chosen], [r[y] for r in chosen]
+            axes.plot(*points, marker="o", color=f"C{color}", linestyle=style, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens a row" if x == "seq_len" else "context (tokens)")
+    axes.set_ylabel(units[y])
+    axes.legend(fontsize=8)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
