@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-# Checks the shapes in the signatures of ops, in tests only. The tower: an int may stand for a float.
+# Checks the shapes in the signatures of ops, in tests only. Tower: an int may stand for a float.
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("longctx_jax.ops", TYPECHECKER)
 

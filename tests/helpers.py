@@ -44,9 +44,7 @@ def sub_jaxprs(jaxpr):
 def assert_trees_close(actual, expected, *, rel_rms: float) -> None:
     """`assert_close` leaf by leaf; fails unless both trees have one structure."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, left), right in pairs:
         try:
             assert_close(left, right, rel_rms=rel_rms)

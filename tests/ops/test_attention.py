@@ -70,7 +70,10 @@ def make_inputs(shape):
     bias = make_normal(seed + 3, heads, n_buckets) if n_buckets else None
     starts = np.random.default_rng(seed).random((batch, seq)) < 0.3
     segments = np.cumsum(starts, axis=1).astype(np.int32) if has_segments else None
-    cotangents = make_normal(seed + 4, batch, seq, heads, d_value), make_normal(seed, batch, seq, heads)
+    cotangents = (
+        make_normal(seed + 4, batch, seq, heads, d_value),
+        make_normal(seed, batch, seq, heads),
+    )
     return (q, k, v, bias), segments, window_len, cotangents
 
 
@@ -259,9 +262,7 @@ def test_rows_without_keys(form):
     def function(q, k, v):
         where = Keys(positions, positions)
         return tuple(
-            attention_partial(
-                q, k, v, where, is_aligned=True, window_len=3, implementation=form
-            )
+            attention_partial(q, k, v, where, is_aligned=True, window_len=3, implementation=form)
         )
 
     cotangents = make_normal(3, 2, 6, 2, 4), make_normal(4, 2, 6, 2)

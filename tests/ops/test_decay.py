@@ -218,10 +218,10 @@ def test_steps_equal_the_sequence():
     assert_close(state, expected[1], rel_rms=TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["chunked", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_vmap_and_checkpoint_compose(form):
     arrays, _, _, _ = make_inputs("chunks_of_3", LOG_DECAYS[:3])
-    arrays = tuple(jnp.stack([jnp.float32(x), 0.5 * jnp.float32(x)]) for x in arrays)
+    arrays = tuple(np.stack([x, 0.5 * x]).astype(np.float32) for x in arrays)
 
     def loss(*arrays):
         out, state = decay_attention(*arrays, chunk_len=3, implementation=form)
@@ -229,14 +229,11 @@ def test_vmap_and_checkpoint_compose(form):
 
     gradient = jax.grad(jax.checkpoint(loss), argnums=range(5))
     actual = jax.jit(jax.vmap(gradient))(*arrays)
-    each = [jax.jit(gradient)(*(x[i] for x in arrays)) for i in range(2)]
-    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    assert_trees_close(actual, expected, rel_rms=1e-5)
     for i in range(2):
         inputs = [np.asarray(x[i], np.float64) for x in arrays]
         out, state = loop(inputs, None)
         by_hand = loop(inputs, None, (2 * out, np.ones(state.shape)))[1]
-        assert_trees_close(each[i], by_hand, rel_rms=5e-6)
+        assert_trees_close(tuple(np.asarray(g)[i] for g in actual), by_hand, rel_rms=5e-6)
 
 
 @in_float64

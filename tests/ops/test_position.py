@@ -1,4 +1,4 @@
-"""Positions: exact angles at any position, relative scores, buckets, the shift of Transformer-XL."""
+"""Positions: exact angles everywhere, relative scores, buckets, the shift of Transformer-XL."""
 
 import math
 

@@ -1,0 +1,40 @@
+"""Tiny models that several files share."""
+
+import pytest
+
+TINY = {
+    "n_layers": 2,
+    "d_model": 16,
+    "n_heads": 2,
+    "vocab_size": 11,
+    "d_ff": 24,
+    "decay": {"chunk_len": 4},
+    "sliding": {"window_len": 5},
+}
+MODELS = {
+    "mha": {},
+    "gqa_relative": {
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "softmax": {"position": "relative", "qk_norm": True},
+    },
+    "sliding": {"pattern": ("sliding",), "d_value": 6},
+    "decay": {"name": "decay", "d_value": 6, "norm": "layer", "mlp": "gelu"},
+    "mixed": {"pattern": ("decay", "decay", "sliding"), "n_layers": 3, "tie_embeddings": False},
+}
+
+
+@pytest.fixture(scope="session")
+def model_fields():
+    """Returns (name, **changes) -> the fields of one of the tiny models."""
+
+    def fields(name, **changes):
+        return {**TINY, **MODELS[name], **changes}
+
+    return fields
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model_name(request):
+    """Runs a test for every tiny model."""
+    return request.param

@@ -1,0 +1,208 @@
+"""The frozen config, building models from it, their sizes and their dtypes."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import base
+from longctx_jax.models import build_model
+from longctx_jax.models.config import ModelConfig, model_config, nearest_divisor
+from tests.helpers import assert_close, assert_trees_close, random_variables
+
+TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9), np.int32)
+
+MISTAKES = [
+    ({"n_layers": 0}, "config.model.n_layers must be positive: got 0; set it above 0"),
+    ({"d_model": -8}, "config.model.d_model must be positive: got -8; set it above 0"),
+    ({"n_heads": 0}, "config.model.n_heads must be positive: got 0"),
+    ({"vocab_size": 0}, "config.model.vocab_size must be positive: got 0"),
+    ({"n_ramp_buckets": 0}, "config.model.n_ramp_buckets must be positive: got 0"),
+    ({"unroll": 0}, "config.model.unroll must be positive: got 0"),
+    ({"n_kv_heads": -1}, "config.model.n_kv_heads must not be negative: got -1; 0 means off or"),
+    ({"d_key": -1}, "config.model.d_key must not be negative: got -1"),
+    ({"d_value": -1}, "config.model.d_value must not be negative: got -1"),
+    ({"d_ff": -1}, "config.model.d_ff must not be negative: got -1"),
+    ({"segment_len": -1}, "config.model.segment_len must not be negative: got -1"),
+    ({"mlp": "relu"}, "config.model.mlp must be one of ['swiglu', 'gelu']: got 'relu'; choose one"),
+    ({"norm": "batch"}, "config.model.norm must be one of ['rms', 'layer']: got 'batch'"),
+    ({"dtype": "float16"}, "config.model.dtype must be one of"),
+    ({"remat": "all"}, "config.model.remat must be one of ['none', 'dots', 'full']: got 'all'"),
+    ({"schedule": "wave"}, "config.model.schedule must be one of"),
+    ({"dropout": 1.0}, "config.model.dropout must be in [0, 1): got 1.0; it is a probability"),
+    ({"dropout": -0.1}, "config.model.dropout must be in [0, 1): got -0.1"),
+    (
+        {"d_model": 96, "n_heads": 7},
+        "config.model.n_heads must divide d_model: got n_heads=7, d_model=96; use n_heads=6 or set "
+        "config.model.d_key",
+    ),
+    (
+        {"n_heads": 6, "d_key": 8, "n_kv_heads": 4},
+        "config.model.n_kv_heads must divide n_heads: got n_kv_heads=4, n_heads=6; "
+        "use n_kv_heads=3",
+    ),
+    ({"name": "rnn"}, "config.model.name must be one of ['transformer', 'decay']: got 'rnn'"),
+    ({"pattern": ("decay", "conv")}, "config.model.pattern must be one of"),
+    (
+        {"pattern": ("decay", "sliding"), "n_layers": 3},
+        "config.model.n_layers must be a multiple of the pattern's length: got n_layers=3, "
+        "pattern=('decay', 'sliding'); use n_layers=4",
+    ),
+    ({"n_layer": 2}, "config.model.n_layer is not a field: known are ['name', 'pattern', "),
+    ({"decay": {"chunks": 2}}, "config.model.decay.chunks is not a field: known are ['kind', "),
+    ({"softmax": {"position": "alibi"}}, "config.model.softmax.position must be one of"),
+    ({"softmax": {"rope_theta": 0.0}}, "config.model.softmax.rope_theta must be positive: got 0.0"),
+    ({"sliding": {"window_len": 0}}, "config.model.sliding.window_len must be positive: got 0"),
+    ({"sliding": {"position": "x"}}, "config.model.sliding.position must be one of"),
+    ({"sliding": {"rope_theta": -1}}, "config.model.sliding.rope_theta must be positive: got -1"),
+    ({"decay": {"kind": "x"}}, "config.model.decay.kind must be one of"),
+    ({"decay": {"chunk_len": 0}}, "config.model.decay.chunk_len must be positive: got 0"),
+    ({"decay": {"position": "relative"}}, "config.model.decay.position must be one of"),
+    ({"decay": {"rope_theta": 0}}, "config.model.decay.rope_theta must be positive: got 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_a_mistake_names_field_value_and_remedy(fields, message):
+    with pytest.raises(ValueError) as error:
+        build_model(fields)
+    assert message in str(error.value)
+    assert "; " in str(error.value)  # what to do
+
+
+def test_nearest_divisor():
+    assert [nearest_divisor(12, wanted) for wanted in (1, 5, 7, 100)] == [1, 4, 6, 12]
+
+
+def test_every_form_of_a_config_builds_the_same_model():
+    config = base.get_config().model
+    assert isinstance(config, ml_collections.ConfigDict)
+    models = [build_model(form) for form in (config, config.to_dict(), model_config(config))]
+    assert models[0] == models[1] == models[2] and len({hash(model) for model in models}) == 1
+
+
+def test_the_base_config_holds_the_defaults_of_every_field():
+    assert model_config(base.get_config().model) == ModelConfig()
+
+
+def test_derived_sizes():
+    config = model_config({"d_model": 96, "n_heads": 4})
+    assert (config.d_key, config.d_value, config.n_kv_heads, config.d_ff) == (24, 24, 4, 256)
+    config = model_config(
+        {"d_model": 100, "n_heads": 4, "d_key": 6, "mlp": "gelu", "n_kv_heads": 1}
+    )
+    assert (config.d_key, config.d_value, config.n_kv_heads, config.d_ff) == (6, 6, 1, 416)
+
+
+def n_params(c, heads_of_layers):
+    """The closed form: embedding, last norm and, a layer, mixer + MLP + two norms."""
+    embedding = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    norm = c.d_model * (2 if c.norm == "layer" else 1)
+    mlp = c.d_model * c.d_ff * (3 if c.mlp == "swiglu" else 2)
+    total = embedding + norm
+    for kind in heads_of_layers:
+        if kind == "decay":
+            mixer = c.d_model * c.n_heads * (2 * c.d_key + 3 * c.d_value) + c.d_value
+        else:
+            query_and_out = c.n_heads * (c.d_key + c.d_value)
+            mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))
+            softmax = getattr(c, kind)
+            mixer += (
+                c.n_heads * 32 * (softmax.position == "relative") + 2 * c.d_key * softmax.qk_norm
+            )
+        total += mixer + mlp + 2 * norm
+    return total
+
+
+def test_parameter_count(model_name, model_fields):
+    model = build_model(model_fields(model_name))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    repeats = model.config.n_layers // len(model.config.pattern)
+    expected = n_params(model.config, model.config.pattern * repeats)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+
+
+def test_layers_start_differently():
+    model = build_model({"n_layers": 2, "d_model": 8, "n_heads": 1, "vocab_size": 5, "d_ff": 8})
+    kernels = model.init(jax.random.key(0))["params"]["stack"]["0_softmax"]["mlp"]["up"]["kernel"]
+    assert kernels.shape == (2, 8, 8) and not np.allclose(kernels[0], kernels[1])
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (2, 0)], ids=str)
+def test_a_cache_of_nothing(sizes):
+    with pytest.raises(ValueError, match=f"got batch_size={sizes[0]}, max_len={sizes[1]}; pass"):
+        build_model({}).init_cache(*sizes)
+
+
+def test_dropout_needs_a_key():
+    model = build_model({"dropout": 0.1})
+    with pytest.raises(ValueError, match=r"needs a key: got rngs=None .*dropout=0.1; pass rngs="):
+        model.apply({"params": {}}, TOKENS, train=True)
+
+
+# --- dtypes, rematerialisation, compilation ----------------------------------------------------
+
+
+def logits_of(fields, dtype):
+    model = build_model({**fields, "dtype": dtype})
+    variables = random_variables(lambda: model.init(jax.random.key(0)))
+    cache = model.init_cache(2, 16)
+    out = model.apply(variables, TOKENS, cache)
+    assert jax.tree.map(jnp.result_type, out.cache) == jax.tree.map(jnp.result_type, cache)
+    return out.logits
+
+
+def test_bfloat16_is_close_to_float32(model_fields):
+    fields = model_fields("sliding")
+    float32, bfloat16 = logits_of(fields, "float32"), logits_of(fields, "bfloat16")
+    assert float32.dtype == bfloat16.dtype == jnp.float32
+    assert_close(bfloat16, float32, rel_rms=3e-2)  # seen: 1e-2
+    assert np.abs(bfloat16 - float32).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", "gqa_relative"])
+def test_float64_is_close_to_float32(name, model_fields):
+    float32 = logits_of(model_fields(name), "float32")
+    with jax.enable_x64(True):
+        float64 = logits_of(model_fields(name), "float64")
+        assert float64.dtype == jnp.float64
+    assert_close(float32, float64, rel_rms=2e-6)
+
+
+@pytest.mark.parametrize("policy", ["none", "dots", "full"])
+def test_remat_reaches_the_program(policy, model_fields):
+    model = build_model(model_fields("decay", remat=policy))
+    variables = random_variables(lambda: model.init(jax.random.key(0)))
+    program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS).logits)(variables)
+    assert ("remat" in str(program)) == (policy != "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_remat_changes_no_gradient(policy, model_fields):
+    def gradient(remat):
+        model = build_model(model_fields("decay", remat=remat))
+        variables = random_variables(lambda: model.init(jax.random.key(0)))
+
+        def loss(params):
+            return jnp.sum(jnp.sin(model.apply({**variables, "params": params}, TOKENS).logits))
+
+        program = jax.jit(jax.grad(loss))
+        return program(variables["params"])
+
+    assert_trees_close(gradient(policy), gradient("none"), rel_rms=2e-6)
+
+
+def test_no_compilation_after_the_first_step(model_fields):
+    fields = model_fields("mha")
+    model = build_model(fields)
+    variables = random_variables(lambda: model.init(jax.random.key(0)))
+    step = jax.jit(lambda model, v, t, c: model.apply(v, t, c), static_argnums=0)
+    cache = model.init_cache(2, 4)
+    for t in range(TOKENS.shape[1]):  # also past the capacity of the cache
+        model = build_model(fields)  # equal configs share what is compiled
+        cache = step(model, variables, TOKENS[:, t : t + 1], cache).cache
+    assert step._cache_size() == 1

@@ -1,0 +1,139 @@
+"""Who may import whom, read from the sources."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = PROJECT / "longctx_jax"
+SOURCES = [
+    path
+    for folder in ("longctx_jax", "configs", "scripts")
+    for path in sorted((PROJECT / folder).rglob("*.py"))
+]
+
+# layer -> what it may import of this project, besides longctx_jax.typing: layers or single modules
+ANYTHING = {"longctx_jax"}
+ALLOWED = {
+    "typing": set(),
+    "ops": {"longctx_jax.ops"},
+    "nn": {"longctx_jax.ops", "longctx_jax.nn"},
+    "models": {"longctx_jax.ops", "longctx_jax.nn", "longctx_jax.models"},
+    "data": {"longctx_jax.data"},
+    "training": {
+        "longctx_jax.training",
+        "longctx_jax.models",
+        "longctx_jax.nn.contract",
+        "longctx_jax.data",
+        "longctx_jax.ops.losses",
+    },
+    "evaluation": {
+        "longctx_jax.evaluation",
+        "longctx_jax.models",
+        "longctx_jax.nn.contract",
+        "longctx_jax.ops",
+        "longctx_jax.data",
+    },
+    "decoding": {
+        "longctx_jax.decoding",
+        "longctx_jax.models",
+        "longctx_jax.nn.contract",
+        "longctx_jax.ops",
+        "longctx_jax.data",
+    },
+    "benchmarking": ANYTHING,
+    "interop": ANYTHING,
+    "configs": {"configs"},
+    "scripts": ANYTHING | {"scripts", "configs"},
+}
+# package -> the only files that may import it
+ONLY_IN = {
+    "tensorflow_datasets": {"longctx_jax/data/tfds_source.py"},
+    "orbax": {"longctx_jax/training/checkpoint.py"},
+}
+# layer -> packages it may not import, beyond what ONLY_IN says
+FORBIDDEN = {
+    "typing": {"flax", "optax", "grain", "ml_collections"},
+    "ops": {"flax", "optax", "grain", "ml_collections"},
+    "nn": {"optax", "grain", "ml_collections"},
+    "models": {"optax", "grain", "ml_collections"},
+    "data": {"flax", "optax"},
+    "configs": {"jax", "flax", "optax", "numpy", "grain", "longctx_jax", "scripts"},
+}
+
+
+def names(path):
+    return path.relative_to(PROJECT).as_posix()
+
+
+def layer_of(path):
+    parts = path.relative_to(PROJECT).parts
+    if parts[0] != "longctx_jax":
+        return parts[0]
+    return parts[1].removesuffix(".py")
+
+
+def imported(path):
+    """Returns every module a file imports, wherever in the file; `from a import b` as "a.b"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{names(path)}: write imports in full"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def is_within(module, parents):
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=names)
+def test_imports_respect_the_layers(path):
+    layer = layer_of(path)
+    if layer == "__init__":
+        assert not imported(path), "`import longctx_jax` must load nothing"
+        return
+    ours = {m for m in imported(path) if is_within(m, {"longctx_jax", "configs", "scripts"})}
+    allowed = ALLOWED[layer] | ({"longctx_jax.typing"} if layer != "configs" else set())
+    extra = sorted(module for module in ours if not is_within(module, allowed))
+    assert not extra, f"{layer} may not import {extra}; it may import {sorted(allowed)}"
+    others = sorted(m for m in imported(path) if is_within(m, FORBIDDEN.get(layer, set())))
+    assert not others, f"{layer} may not import {others}"
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_some_packages_have_one_door(package):
+    importers = {names(path) for path in SOURCES if is_within_any(path, package)}
+    assert importers <= ONLY_IN[package], f"only {ONLY_IN[package]} may import {package}"
+
+
+def is_within_any(path, package):
+    return any(is_within(module, {package}) for module in imported(path))
+
+
+def test_the_rules_cover_every_folder():
+    folders = {layer_of(path) for path in SOURCES} - {"__init__"}
+    assert folders <= set(ALLOWED), f"no rule for {sorted(folders - set(ALLOWED))}"
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("longctx_jax", {"jax", "flax", "numpy", "grain", "optax"}),
+        ("configs.base", {"jax", "flax", "numpy", "grain", "optax", "longctx_jax"}),
+        ("longctx_jax.ops.attention", {"flax", "optax", "grain", "orbax", "ml_collections"}),
+        ("longctx_jax.models", {"optax", "grain", "orbax", "tensorflow", "ml_collections"}),
+    ],
+    ids=["package", "configs", "ops", "models"],
+)
+def test_importing_loads_nothing_heavy(module, unwanted):
+    program = f"import sys, {module}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & unwanted, f"import {module} loads {sorted(loaded & unwanted)}"
