@@ -1,7 +1,7 @@
 """The suite `decode`: prefill and the compiled token loop by context length and batch.
 
-Both functions are what `decoding.generate` runs, with greedy draws: the prompt in pieces of PREFILL_LEN
-tokens, then one compiled loop of one-token calls. A test holds their tokens against generate's.
+Both functions are what `decoding.generate` runs, with greedy draws: the prompt in pieces of
+PREFILL_LEN tokens, then one compiled loop of one-token calls. A test compares tokens with generate.
 """
 
 import functools
@@ -70,15 +70,15 @@ def cache_bytes(model: Decoder, batch_size: int, max_len: int) -> int:
 
 
 def prefill_case(model: Decoder, batch_size: int, context_len: int, n_new: int) -> Case:
-    """Returns the pass over the prompt: (variables, tokens, empty cache) -> (last logits, cache)."""
-    variables = model.init(jax.random.key(0))
+    """Returns the pass over a prompt: (variables, tokens, empty cache) -> (logits, cache)."""
+    variables = functools.cache(lambda: model.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
 
     def make_inputs(last):
         del last
         shape = (batch_size, context_len)
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
-        return variables, jnp.asarray(tokens), model.init_cache(batch_size, context_len + n_new)
+        return variables(), jnp.asarray(tokens), model.init_cache(batch_size, context_len + n_new)
 
     return Case(jax.jit(functools.partial(prefill, model), donate_argnums=2), make_inputs)
 
@@ -88,9 +88,13 @@ def loop_case(prefilled: Case, model: Decoder, n_new: int) -> Case:
 
     The cache is not donated: every run continues the same prompt.
     """
-    variables, *rest = prefilled.make_inputs(None)
-    start = prefilled.function(variables, *rest)
-    return Case(jax.jit(functools.partial(token_loop, model, n_new)), lambda _: (variables, *start))
+
+    @functools.cache
+    def start():
+        variables, *rest = prefilled.make_inputs(None)
+        return variables, *prefilled.function(variables, *rest)
+
+    return Case(jax.jit(functools.partial(token_loop, model, n_new)), lambda _: start())
 
 
 def prefill(model: Decoder, variables, tokens: jax.Array, cache):

@@ -1,10 +1,10 @@
 """Model FLOPs by formula: what the mathematics needs, whatever the hardware does.
 
-Matrix products only, a multiply and an add each count. Recomputation (remat, blockwise attention) is
-not model work and not counted. Exact attention counts the (query, key) pairs that are visible: the
-causal half, or the window. Forms that compute the masked pairs as well do up to twice that, so they
-show a lower model FLOP/s; pairs="dense" counts those, as a dense form computes them. Decay attention
-counts its chunked form, the square inside a chunk in full: there is no smaller usual number.
+Matrix products only, a multiply and an add each count. Recomputation (remat, blockwise attention)
+is not model work and not counted. Exact attention counts the (query, key) pairs that are visible:
+the causal half, or the window. Forms that compute the masked pairs as well do up to twice that, so
+they show a lower model FLOP/s; pairs="dense" counts those, as a dense form computes them. Decay
+attention counts its chunked form, the square inside a chunk in full: no smaller number is usual.
 """
 
 from longctx_jax.models.config import ModelConfig

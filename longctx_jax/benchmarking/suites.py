@@ -1,12 +1,13 @@
 """What the suite `train` measures, as functions of a config that yield rows.
 
-It has three parts: "models" (a full update of each model and of the yardstick at the config's shape,
-in turns), "lengths" (longer and longer sequences at constant tokens a step), "schedules" (the same
-small stack in every order, its number of cells beside its time). How a row is timed: `timing.py`; its
-fields: results/README.md. Not here: the suite `decode` (`decode_suite.py`).
+It has three parts: "models" (a full update of each model and of the yardstick at the config's
+shape, in turns), "lengths" (longer and longer sequences at constant tokens a step), "schedules"
+(the same small stack in every order, its number of cells beside its time). How a row is timed:
+`timing.py`; its fields: results/README.md. Not here: the suite `decode` (`decode_suite.py`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def train_rows(config: Any, limits: Limits, parts: Sequence[str] = PARTS) -> Ite
     """Yields the rows of the suite `train`, part after part.
 
     Args:
-        config: a whole config; its model sizes, data.seq_len, data.global_batch_size and optim count.
+        config: a whole config; its model sizes, optim, train.loss_chunk_len, data.seq_len and
+            data.global_batch_size count.
+        limits: how long to measure.
         parts: of `PARTS`, which to run.
     """
     run = {"models": _models_part, "lengths": _lengths_part, "schedules": _schedules_part}
@@ -169,7 +172,7 @@ def yardstick_case(config: Any, model: ModelConfig, batch_size: int, seq_len: in
 
 
 def yardstick_differs(config: Any, model: ModelConfig) -> list[str]:
-    """Returns the settings in which the config's transformer is not the yardstick; [] = the same."""
+    """Returns the settings that make the config's transformer another model than the yardstick."""
     wanted = {
         "n_kv_heads": model.n_heads,
         "d_key": model.d_model // model.n_heads,
@@ -263,7 +266,7 @@ def _lengths_part(config: Any, limits: Limits) -> Iterator[Row]:
     base = base_model(config, limits)
     batch_size, seq_len = train_shape(config, limits)
     tokens = batch_size * seq_len
-    lengths = limits.lengths or ((16, 32) if limits.is_quick else (256, 512, 1024, 2048, 4096))
+    lengths = limits.lengths or ((16,) if limits.is_quick else (256, 512, 1024, 2048, 4096))
     for length in lengths:
         rows = max(1, tokens // length)
         models = {kind: variant(base, (kind,)) for kind in ("softmax", "sliding", "decay")}
@@ -295,7 +298,7 @@ def _schedules_part(config: Any, limits: Limits) -> Iterator[Row]:
         "layerwise": {"schedule": "layerwise"},
         "sequential": {"schedule": "sequential"},
     }
-    for n in (1, 2, 4, n_layers):
+    for n in (1,) if limits.is_quick else (1, 2, 4, n_layers):
         orders[f"diagonal, {n} ramp buckets"] = {"schedule": "diagonal", "n_ramp_buckets": n}
     models = {name: build_model(dataclasses.replace(base, **o)) for name, o in orders.items()}
     forward = {name: forward_case(model, 1, seq_len) for name, model in models.items()}
@@ -327,13 +330,13 @@ def _schedules_part(config: Any, limits: Limits) -> Iterator[Row]:
 
 def forward_case(model: Decoder, batch_size: int, seq_len: int) -> Case:
     """Returns the logits of one call without a cache."""
-    variables = model.init(jax.random.key(0))
+    variables = functools.cache(lambda: model.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
 
     def make_inputs(last):
         del last
         batch = make_batch(rng, batch_size, seq_len, model.config.vocab_size)
-        return variables, batch["tokens"]
+        return variables(), batch["tokens"]
 
     return Case(
         jax.jit(lambda variables, tokens: model.apply(variables, tokens).logits), make_inputs

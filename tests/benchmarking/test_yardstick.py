@@ -1,4 +1,4 @@
-"""The yardstick is our transformer: same loss, same gradients, same update, from the same weights."""
+"""The yardstick is our transformer: the same loss, gradients and update from the same weights."""
 
 import jax
 import numpy as np

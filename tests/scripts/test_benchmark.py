@@ -1,0 +1,63 @@
+"""The command line of scripts.benchmark; what it measures is tested in tests/benchmarking."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def run_benchmark(*arguments, timeout=60):
+    command = [sys.executable, "-m", "scripts.benchmark", *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ([], "--suite is required"),
+        (["--suite=vq"], "train|decode"),
+        (["--suite=train", "--n_runs=0"], "n_runs"),
+        (["--suite=train", "--config=configs/nope.py"], "configs/nope.py"),
+    ],
+)
+def test_a_wrong_command_line_is_one_paragraph(arguments, text):
+    done = run_benchmark(*arguments)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("error: ") and text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argument, text",
+    [("--parts=modles", "models, lengths, schedules"), ("--lengths=1k", "numbers of tokens")],
+)
+def test_a_wrong_list_is_a_usage_error(argument, text):
+    done = run_benchmark("--suite=train", argument)
+    assert done.returncode == 2
+    assert text in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["train", "decode"])
+def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
+    out = tmp_path / "new" / "rows.jsonl"
+    done = run_benchmark(f"--suite={suite}", "--quick", "--n_runs=2", f"--out={out}", timeout=500)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    timed = [row for row in rows if "median_ms" in row]
+    assert len(timed) > 8
+    for row in timed:
+        assert row["suite"] == suite and row["n_runs"] == 2 and row["median_ms"] > 0
+        assert row["compile_s"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 0
+    for row in rows:
+        assert row["is_quick"] and row["device"] and row["revision"] and row["date"]
+        assert row["jax_version"] and row["command"].startswith("python -m scripts.benchmark")
+        assert row["xla_flags"] == os.environ.get("XLA_FLAGS", "")
+    assert ("speed_ratio" in done.stdout) == (suite == "train")
+    assert "CPU timings" in done.stdout or rows[0]["platform"] != "cpu"
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
