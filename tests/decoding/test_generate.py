@@ -1,0 +1,112 @@
+"""Sampling filters against their definitions; generation against repeated full forward passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx_jax.decoding import generate
+from longctx_jax.decoding.sampling import Sampling, filter_logits, sample
+from longctx_jax.models import build_model
+from tests.tiny import tiny_config
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module", params=["transformer", "decay", "pattern"])
+def model_and_variables(request):
+    fields = {"model__name": request.param, "model__vocab_size": 13}
+    if request.param == "pattern":
+        fields |= {"model__name": "decay", "model__pattern": ("sliding", "decay")}
+        fields |= {"model__n_layers": 2, "model__sliding__window_len": 3}
+    model = build_model(tiny_config(**fields).model)
+    return model, jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+
+
+def test_greedy_equals_the_definition(model_and_variables):
+    """Each token is the argmax after one full forward pass over everything before it."""
+    model, variables = model_and_variables
+    prompt = [1, 5, 2, 7, 7, 3]
+    out = generate(model, variables, [prompt], max_new_tokens=5, sampling=GREEDY, prefill_len=4)
+    text = list(prompt)
+    for _ in range(5):
+        padded = jnp.asarray([text + [0] * (11 - len(text))])  # one shape; the future is not seen
+        logits = model.apply(variables, padded).logits[0, len(text) - 1]
+        text.append(int(jnp.argmax(logits)))
+    assert out.tolist() == [text[6:]]
+
+
+def test_prompts_of_different_lengths_do_not_see_their_padding(model_and_variables):
+    model, variables = model_and_variables
+    prompts = [[1, 5, 2, 7, 7, 3], [4], [9, 9, 2]]
+    together = generate(model, variables, prompts, max_new_tokens=4, sampling=GREEDY)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = generate(model, variables, [prompt], max_new_tokens=4, sampling=GREEDY)
+        assert alone[0].tolist() == row.tolist()
+
+
+def test_draws_depend_on_the_key(model_and_variables):
+    model, variables = model_and_variables
+    if model.config.pattern != ("decay",):
+        pytest.skip("one model is enough")
+    variables = jax.tree.map(lambda x: x / 10, variables)  # near-uniform
+    draw = [
+        generate(model, variables, [[1]], max_new_tokens=20, key=jax.random.key(k)).tolist()
+        for k in (0, 0, 1)
+    ]
+    assert draw[0] == draw[1] != draw[2]
+
+
+LOGITS = jnp.log(jnp.asarray([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(), [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (Sampling(top_k=2), [[1, 1, 0, 0], [0, 0, 1, 1]]),
+        (Sampling(top_p=0.5), [[1, 0, 0, 0], [0, 0, 1, 1]]),
+        (Sampling(top_p=0.51), [[1, 1, 0, 0], [0, 0, 1, 1]]),
+        (Sampling(top_p=1e-9), [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        (Sampling(top_k=3, top_p=0.6), [[1, 1, 0, 0], [0, 0, 1, 1]]),
+        (Sampling(top_k=99), [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    ],
+    ids=str,
+)
+def test_filters_keep_the_right_tokens(sampling, kept):
+    np.testing.assert_array_equal(jnp.isfinite(filter_logits(LOGITS, sampling)), np.array(kept))
+
+
+def test_temperature_scales_and_zero_is_greedy():
+    np.testing.assert_allclose(filter_logits(LOGITS, Sampling(temperature=0.5)), 2 * LOGITS)
+    assert sample(jax.random.key(0), LOGITS, GREEDY).tolist() == [0, 3]
+
+
+def test_frequencies_follow_the_probabilities():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draws = jax.vmap(lambda k: sample(k, LOGITS, Sampling()))(keys)
+    share = np.mean(np.asarray(draws)[:, 0] == 0)
+    assert abs(share - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+def test_bad_sampling_settings(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "message"),
+    [
+        ([[1, 13]], 1, "vocab_size=13.*has 13 at position 1"),
+        ([[-1]], 1, "has -1 at position 0"),
+        ([[1], []], 1, "prompt 1 is empty"),
+        ([], 1, "got none"),
+        ([[1]], 0, "max_new_tokens"),
+    ],
+    ids=str,
+)
+def test_bad_prompts(model_and_variables, prompts, n, message):
+    model, variables = model_and_variables
+    with pytest.raises(ValueError, match=message):
+        generate(model, variables, prompts, max_new_tokens=n)

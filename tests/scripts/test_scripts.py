@@ -1,0 +1,209 @@
+"""Every script as a user runs it: a subprocess, on tiny real text; and its answer to mistakes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longctx_jax.training.metrics import read_records
+from tests.tiny import PROJECT, TEXT, flags
+
+
+def script(name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"scripts.{name}", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=PROJECT, capture_output=True, text=True, timeout=300, env=os.environ.copy()
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train_flags(workdir: pathlib.Path, **fields) -> list[str]:
+    return ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags(**fields)]
+
+
+def mistake(name: str, *arguments: str) -> str:
+    """Runs a script that must refuse; returns its one paragraph."""
+    done = script(name, *arguments, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    paragraph = done.stderr.strip().splitlines()[-1]
+    assert paragraph.startswith("error: "), done.stderr[-2000:]
+    return paragraph
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The work directory of a finished tiny run, made by scripts.train."""
+    workdir = tmp_path_factory.mktemp("trained")
+    done = script("train", *train_flags(workdir))
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    assert record["is_finished"] and record["step"] == 6
+    assert "step=6/6" in done.stderr and "tokens_per_s=" in done.stderr
+    return workdir
+
+
+def test_train_leaves_metrics_config_and_checkpoints(trained):
+    records = read_records(trained / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["3", "6"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["model"]["d_model"] == 16
+
+
+def test_evaluate_ends_with_one_json_line(trained):
+    done = script("evaluate", f"--workdir={trained}", "--split=test", "--max_bytes=700", "--step=3")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["split"] == "test" and result["step"] == 3
+    assert result["bytes"] == result["tokens"] == 700
+    assert 0 < result["bits_per_byte"] < 20
+    assert result["nats_per_token"] == pytest.approx(result["bits_per_byte"] * 0.6931472, rel=1e-6)
+    assert result["perplexity_per_word"] > 1
+
+
+def test_generate_is_reproducible_and_takes_long_prompts(trained, tmp_path):
+    long_prompt = tmp_path / "prompt.txt"
+    long_prompt.write_text("import os\n" * 20)  # longer than the training window
+    options = [f"--workdir={trained}", "--max_new_tokens=8", "--top_k=5", "--top_p=0.9"]
+    options += ["--prompt=def ", f"--prompt_file={long_prompt}"]
+    first = script("generate", *options, "--seed=1").stdout
+    assert "def " in first and first.count("import os") == 20
+    assert first == script("generate", *options, "--seed=1").stdout
+
+
+def test_plot_draws_the_curves(trained, tmp_path):
+    script("plot", trained, f"--out={tmp_path / 'curves.png'}")
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_sweep_trains_skips_and_summarises(tmp_path):
+    sweep = tmp_path / "sweep.py"
+    sweep.write_text(
+        "from configs.sweep_tools import product, vary\n"
+        "BASE = 'configs/quickstart.py'\n"
+        "def get_sweep():\n"
+        "    return product(vary('model.name', 'transformer', 'decay'))\n"
+    )
+    settings = [f"--set={flag[2:]}" for flag in flags(train__n_steps=2)]
+    arguments = [f"--sweep={sweep}", f"--workdir={tmp_path / 'runs'}", *settings]
+    dry = script("sweep", *arguments, "--dry_run")
+    assert "scripts.train" in dry.stdout and not list((tmp_path / "runs").glob("*/DONE.json"))
+    script("sweep", *arguments)
+    table = (tmp_path / "runs" / "summary.csv").read_text()
+    assert "decay" in table and "bits_per_byte" in table
+    assert (tmp_path / "runs" / "summary.png").exists()
+    again = script("sweep", *arguments)
+    assert again.stdout.count("skip") >= 2 or "skip" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_state(tmp_path, trained):
+    """SIGKILL at any instant: ten steps, kill, ten more are twenty."""
+    fields = {"train__n_steps": 20, "train__checkpoint_every": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    script("train", *train_flags(whole, **fields))
+    command = [sys.executable, "-m", "scripts.train", *train_flags(killed, **fields)]
+    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step=10/" in line:
+            process.kill()
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    script("train", *train_flags(killed, **fields))
+    leaves = []
+    for workdir in (whole, killed):
+        meta = json.loads((workdir / "checkpoints/20/meta/metadata").read_text())
+        leaves.append(meta["leaves"])  # with the CRC-32 of every array
+    assert leaves[0] == leaves[1]
+    losses = [
+        [r["loss"] for r in read_records(w / "metrics.jsonl") if "loss" in r] for w in (whole, killed)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_sigterm_exits_zero_with_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "scripts.train", *train_flags(tmp_path, train__n_steps=100_000)]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step=5/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 0, rest
+    time.sleep(0.1)
+    assert [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+MISTAKES = {
+    "indivisible sizes": (["--config.model.n_heads=3"], ["n_heads=3", "d_model=16", "use n_heads="]),
+    "unknown mixer": (["--config.model.pattern=('decay','slidng')"], ["pattern", "slidng"]),
+    "pattern and layers": (["--config.model.pattern=('decay','sliding')"], ["n_layers=1"]),
+    "unknown model": (["--config.model.name=mamba9"], ["config.model.name", "mamba9"]),
+    "empty glob": (["--config.data.files=('/nowhere/*.txt',)"], ["config.data.files", "/nowhere"]),
+    "missing enwik8": (
+        ["--config.data.name=enwik8", "--config.data.data_dir=/nowhere", "--config.data.download=False"],
+        ["enwik8", "/nowhere"],
+    ),
+    "small vocabulary": (["--config.model.vocab_size=64"], ["vocab_size", "byte"]),
+    "short text": (["--config.data.seq_len=1000000"], ["config.data.seq_len"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_the_config_is_one_paragraph(case, tmp_path, capsys):
+    """In this process, to save start-up time: what `scripts.common.run` does with such an error."""
+    from configs import base
+    from longctx_jax import data
+    from longctx_jax.models import build_model
+    from scripts import assembly, common
+    from tests.tiny import FIELDS
+
+    changed, expected = MISTAKES[case]
+    config = base.get_config()
+    config.update_from_flattened_dict(FIELDS | {"data.order": "shuffled"})
+    for flag in changed:
+        name, value = flag.removeprefix("--config.").split("=", 1)
+        old = config.to_dict()
+        for part in name.split("."):
+            old = old[part]
+        value = value if isinstance(old, str) else eval(value)  # noqa: S307
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        build_model(config.model)
+        splits = data.load_source(config.data)
+        _ = assembly.train_data(config, splits).dataset[0]
+    assert common.is_user_error(caught.value), caught.value
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_the_command_line_shows_one_paragraph(trained, tmp_path):
+    assert "n_steps" in mistake("train", *train_flags(tmp_path), "--config.train.n_stps=3")
+    text = mistake("train", *train_flags(trained, optim__learning_rate=0.5))
+    assert "config.optim.learning_rate" in text and "--workdir" in text
+    assert "scripts.train" in mistake("evaluate", f"--workdir={tmp_path / 'none'}")
+    assert "[3, 6]" in mistake("evaluate", f"--workdir={trained}", "--step=4")
+    assert "top_p" in mistake("generate", f"--workdir={trained}", "--prompt=a", "--top_p=2")
+    assert "empty" in mistake("generate", f"--workdir={trained}", "--prompt=")
+
+
+def test_debug_shows_the_traceback(trained):
+    done = script("evaluate", f"--workdir={trained}", "--step=4", "--debug", check=False)
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_real_text_of_this_project_is_there():
+    assert list(pathlib.Path(TEXT).parent.glob("*.py"))
