@@ -1,4 +1,4 @@
-"""Models: stacks of blocks behind one interface. `build_model(config.model)` returns a `Decoder`."""
+"""Models: stacks of blocks behind one interface. `build_model(config.model)` makes a `Decoder`."""
 
 from longctx_jax.models.registry import build_model
 

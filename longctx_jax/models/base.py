@@ -1,7 +1,7 @@
 """`Decoder`: the one interface of every model, for training windows, prefill and decoding alike.
 
-The law: however a sequence is split into calls of `apply` with a cache, the logits equal those of one
-call. A training window, a prefill segment and a decode step differ only in length.
+The law: however a sequence is split into calls of `apply` with a cache, the logits equal those of
+one call. A training window, a prefill segment and a decode step differ only in length.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.stack import apply_stack, init_stack, init_stack_cache
+from longctx_jax.models.stack import apply_stack, call_module, init_stack, init_stack_cache
 from longctx_jax.nn.contract import Aux, advance_documents
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.norms import make_norm
@@ -38,7 +38,7 @@ class DecoderOutput(NamedTuple):
 
 
 class HiddenOutput(NamedTuple):
-    """Like DecoderOutput, with the normed activations [batch, seq, d_model] before the output matrix."""
+    """Like DecoderOutput, with the normed activations [batch, seq, d_model] instead of logits."""
 
     hidden: jax.Array
     cache: ModelCache | None
@@ -113,9 +113,7 @@ class Decoder:
             rngs: {"dropout": key}, needed when train and dropout > 0.
             train: apply dropout.
         """
-        out = self.hidden(
-            variables, tokens, cache, segment_ids=segment_ids, rngs=rngs, train=train
-        )
+        out = self.hidden(variables, tokens, cache, segment_ids=segment_ids, rngs=rngs, train=train)
         logits = jnp.einsum(
             "btd,dz->btz",
             out.hidden,
@@ -147,7 +145,7 @@ class Decoder:
                 last, layers = (cache.last_segment_id, cache.document), cache.layers
             documents, last_id, document = advance_documents(segment_ids, *last, seq)
 
-        x = self._embed.apply({"params": params["embed"]}, tokens)
+        x = call_module(self._embed, params["embed"], tokens)
         if key is not None:
             keep = 1.0 - self.config.dropout
             mask = jax.random.bernoulli(jax.random.fold_in(key, 0), keep, x.shape)
@@ -156,15 +154,15 @@ class Decoder:
         x, layers, aux = apply_stack(
             self.config, params["stack"], x, documents, layers, key=key, train=train
         )
-        x = self._norm.apply({"params": params["norm"]}, x)
-        if cache is not None:
+        x = call_module(self._norm, params["norm"], x)
+        if layers is not None:
             cache = ModelCache(layers=layers, last_segment_id=last_id, document=document)
         return HiddenOutput(x, cache, aux)
 
     def unembedding(self, variables: dict[str, PyTree]) -> jax.Array:
         """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""
-        params = {"params": variables["params"]["embed"]}
-        return self._embed.apply(params, method="unembedding")
+        params = variables["params"]["embed"]
+        return call_module(self._embed, params, method="unembedding")
 
     def _dropout_key(self, rngs, train: bool) -> PRNGKey | None:
         if not train or self.config.dropout == 0.0:

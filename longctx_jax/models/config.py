@@ -16,7 +16,8 @@ def require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ValueError unless config.model.<field> is one of the allowed values."""
     if value not in allowed:
         raise ValueError(
-            f"config.model.{field} must be one of {list(allowed)}: got {value!r}; choose one of them"
+            f"config.model.{field} must be one of {list(allowed)}: got {value!r}; "
+            "choose one of them"
         )
 
 
@@ -146,7 +147,8 @@ class ModelConfig:
         if not self.d_key and self.d_model % self.n_heads:
             raise ValueError(
                 f"config.model.n_heads must divide d_model: got n_heads={self.n_heads}, "
-                f"d_model={self.d_model}; use n_heads={nearest_divisor(self.d_model, self.n_heads)} "
+                f"d_model={self.d_model}; "
+                f"use n_heads={nearest_divisor(self.d_model, self.n_heads)} "
                 "or set config.model.d_key"
             )
         fill("d_key", self.d_model // self.n_heads)
@@ -186,7 +188,7 @@ def model_config(fields: Any) -> ModelConfig:
         return fields
     values = {}
     for name, value in dict(fields).items():
-        if name in nested and not dataclasses.is_dataclass(value):
+        if name in nested and not isinstance(value, nested[name]):
             value = _construct(nested[name], f"{name}.", dict(value))
         elif name == "pattern":
             value = (value,) if isinstance(value, str) else tuple(value)
@@ -199,6 +201,7 @@ def _construct(kind: type, prefix: str, values: dict[str, Any]) -> Any:
     for name in values:
         if name not in known:
             raise ValueError(
-                f"config.model.{prefix}{name} is not a field: known are {known}; remove or rename it"
+                f"config.model.{prefix}{name} is not a field: known are {known}; "
+                "remove or rename it"
             )
     return kind(**values)

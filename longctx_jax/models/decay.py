@@ -1,4 +1,4 @@
-"""Decaying linear attention in every layer: constant memory, linear time (RetNet, Lightning Attention)."""
+"""Decaying linear attention in every layer: constant memory, linear time (RetNet, Lightning)."""
 
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig

@@ -7,9 +7,9 @@ both gives the same values and gradients up to rounding. The diagonal schedule r
 anti-diagonal s + l = t at once (Sivtsov et al. 2025, arXiv 2506.05229): S + L - 1 steps instead of
 S L. The travelling value x and the caches are any pytrees; so is a layer's parameter tree.
 
-A stack is homogeneous (one cell, parameters with a leading layer axis L) or patterned (a sequence of
-P cells; then parameters and caches are sequences of P pytrees with a leading axis L / P, and layer
-l = r P + p uses row r of position p).
+A stack is homogeneous (one cell, parameters with a leading layer axis L) or patterned (a sequence
+of P cells; then parameters and caches are sequences of P pytrees with a leading axis L / P, and
+layer l = r P + p uses row r of position p).
 """
 
 import dataclasses
@@ -40,16 +40,18 @@ def run_stack(
     """Runs every cell of the grid once.
 
     Args:
-        cell: the pure function of a layer, or one a pattern position. With `key` it is called
-            with a fourth argument, a key folded from (segment, layer): the same in every schedule.
-        params: stacked layer parameters, leading axis L (or, patterned, a sequence of P, L / P each).
+        cell: the pure function of a layer, or one a pattern position.
+        params: stacked layer parameters, leading axis L (patterned: a sequence of P, L / P each).
         x_segments: input of layer 0, leaves [S, ...].
         caches: stacked like params. None = empty and not wanted back, for S = 1 only.
         schedule: "sequential" (segments outside, layers inside), "layerwise" (layers outside) or
             "diagonal" (all cells of an anti-diagonal at once).
+        key: if given, a cell is called with a fourth argument, a key folded from (segment,
+            layer): the same in every schedule.
         first_segment: index of x_segments[0] in the stream, for the dropout keys.
         n_ramp_buckets: diagonal: how many widths the ramps are compiled for (`ramp_phases`).
-        unroll: layers a loop iteration of sequential and layerwise; more compile time, less overhead.
+        unroll: layers a loop iteration of sequential and layerwise: more compile time, less
+            overhead.
 
     Returns:
         (y_segments, caches, aux): outputs of the last layer [S, ...], caches after segment S-1,
@@ -316,7 +318,9 @@ def _zero_aux(grid: _Grid, x_segments, caches):
 def _leading_axis(tree: Any, name: str) -> int:
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
     if len(sizes) != 1:
-        raise ValueError(f"every leaf of {name} must have the same leading axis: got {sorted(sizes)}")
+        raise ValueError(
+            f"every leaf of {name} must have the same leading axis: got {sorted(sizes)}"
+        )
     return sizes.pop()
 
 

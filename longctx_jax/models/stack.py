@@ -1,11 +1,12 @@
 """Stacked parameters and caches of a patterned stack, rematerialisation, and its run by a schedule.
 
-Parameters of pattern position p live under "<p>_<kind>" with a leading axis n_layers / P, so one tree
-feeds `lax.scan` over depth, `vmap` over an anti-diagonal, and path rules for sharding.
+Parameters of pattern position p live under "<p>_<kind>" with a leading axis n_layers / P, so one
+tree feeds `lax.scan` over depth, `vmap` over an anti-diagonal, and path rules for sharding.
 """
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -55,6 +56,11 @@ MIXERS = {
     "sliding": lambda config: _softmax_mixer(config, config.sliding.window_len, config.sliding),
     "decay": _decay_mixer,
 }
+
+
+def call_module(module: nn.Module, params: PyTree, *args: Any, **options: Any) -> Any:
+    """Returns module.apply of one parameter tree: no collection is ever mutable here."""
+    return module.apply({"params": params}, *args, **options)
 
 
 def output_scale(config: ModelConfig) -> float:
@@ -166,7 +172,7 @@ def _make_cell(config: ModelConfig, block: Block, train: bool):
     def cell(params, stream, cache, key=None):
         x, documents = stream
         rngs = {} if key is None else {"dropout": key}
-        y, cache, aux = block.apply({"params": params}, x, cache, documents, train=train, rngs=rngs)
+        y, cache, aux = call_module(block, params, x, cache, documents, train=train, rngs=rngs)
         return (y, documents), cache, aux
 
     if config.remat == "none":

@@ -1,5 +1,7 @@
-"""The full-attention baseline: pre-norm blocks of softmax attention (Vaswani et al. 2017; Touvron et
-al. 2023 for RMSNorm, SwiGLU and rotary positions). With `config.model.pattern` any mixture of mixers.
+"""The full-attention baseline: pre-norm blocks of softmax attention.
+
+Source: Vaswani et al. (2017); Touvron et al. (2023) for RMSNorm, SwiGLU and rotary positions. With
+`config.model.pattern` any mixture of mixers.
 """
 
 from longctx_jax.models.base import Decoder

@@ -30,7 +30,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, cache: Any, documents: Documents | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Any, Aux]:
-        """Maps (x [batch, seq, d_model], cache) to (y, cache, aux); needs rng "dropout" in training."""
+        """Maps (x [batch, seq, d_model], cache) to (y, cache, aux); dropout needs its rng."""
         mixed, cache, aux = self.mixer(
             make_norm(self.norm, self.dtype, "mixer_norm")(x), cache, documents, train=train
         )

@@ -2,7 +2,8 @@
 
     y = ( norm_per_head( decay_attention(q, k, v) ) * silu(x W_gate) ) W_out
 
-Source: Sun et al. (2023), arXiv 2307.08621; decays of Lightning Attention: Qin et al. (2024), 2401.04658.
+Source: Sun et al. (2023), arXiv 2307.08621; decays of Lightning Attention: Qin et al. (2024), arXiv
+2401.04658.
 """
 
 import flax.linen as nn

@@ -19,6 +19,7 @@ class Embed(nn.Module):
     dtype: str
 
     def setup(self):
+        """Makes the table, and the output matrix if it has its own."""
         init = nn.initializers.normal(self.d_model**-0.5)
         shape = (self.vocab_size, self.d_model)
         self.table = self.param("table", init, shape, jnp.float32)

@@ -11,7 +11,7 @@ def dense(features: int, dtype: str, name: str, scale: float = 1.0) -> nn.Dense:
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x) for "swiglu", down(gelu(up x)) for "gelu"; [..., d_model] -> same."""
+    """down(silu(gate x) * up x) for "swiglu", down(gelu(up x)) for "gelu"."""
 
     kind: str
     d_ff: int
@@ -20,6 +20,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., d_model] to the same."""
         up = dense(self.d_ff, self.dtype, "up")(x)
         if self.kind == "swiglu":
             hidden = jax.nn.silu(dense(self.d_ff, self.dtype, "gate")(x)) * up

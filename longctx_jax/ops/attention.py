@@ -1,13 +1,13 @@
-"""Exact causal softmax attention: dense, banded, blockwise and cuDNN, and the merge of partial results.
+"""Exact causal softmax attention: dense, banded, blockwise, cuDNN, and merging partial results.
 
-Visibility is decided by positions and documents alone: query at position i sees key at position j iff
+Visibility is decided by positions and documents alone: query position i sees key position j iff
 
     0 <= j <= i,   i - j < window_len (if given),   segment_id(i) == segment_id(j).
 
-A key position of -1 is an empty slot, so a ring buffer, a padded block and a fresh cache need no other
-mask. Every form returns a `Partial` (output, log of the normaliser), so results over disjoint key
-sets combine exactly. Query heads may be a multiple of key/value heads (GQA; MQA has one of them):
-query head h reads key head h // (query heads / key heads).
+A key position of -1 is an empty slot, so a ring buffer, a padded block and a fresh cache need no
+other mask. Every form returns a `Partial` (output, log of the normaliser), so results over disjoint
+key sets combine exactly. Query heads may be a multiple of key/value heads (GQA; MQA has one of
+them): query head h reads key head h // (query heads / key heads).
 
 Not here: rotating queries and keys (`position.py`), caches (`nn/attention.py`).
 """
@@ -73,7 +73,9 @@ def attention(
     """Returns causal self-attention over one sequence, in the dtype of value.
 
     Args:
-        query, key, value: projections of the same tokens (keys = seq).
+        query: of the tokens, [batch, seq, heads, key].
+        key: of the same tokens (keys = seq).
+        value: of the same tokens.
         segment_ids: document of each token; tokens see their own document only.
         window_len: keys a query sees, its own included; 0 = all.
         relative_bias: added to the scores by bucket of the distance (`relative_bucket`).
@@ -117,10 +119,16 @@ def attention_partial(
     """Returns attention of the queries over these keys, with its log-normaliser.
 
     Args:
+        query: [batch, seq, heads, key].
+        key: [batch, keys, kv_heads, key].
+        value: [batch, keys, kv_heads, value].
         where: positions and documents of queries and keys.
         is_aligned: promise that key slot s is the token of query row s (self-attention over
             consecutive positions), which the banded and cuDNN forms need.
-        others: as in `attention`.
+        window_len: as in `attention`, like the options below.
+        relative_bias: added to the scores.
+        scale: of the scores.
+        implementation: "auto" or a name.
     """
     n_heads, n_kv_heads = query.shape[2], key.shape[2]
     if n_heads % n_kv_heads:
@@ -342,7 +350,7 @@ def _banded(query, key, value, where, window_len, relative_bias, scale) -> Parti
 
 
 def _cudnn(query, key, value, where, window_len, relative_bias, scale) -> Partial:
-    """cuDNN's fused attention through jax.nn, with its residual as the log-normaliser."""
+    """Fused attention of cuDNN through jax.nn, with its residual as the log-normaliser."""
     del where, relative_bias
     out, log_normalizer = jax.nn.dot_product_attention(
         query,
@@ -365,7 +373,8 @@ def _cudnn_unsupported(facts: _Facts) -> str:
     if not facts.is_aligned or facts.has_segments or facts.has_bias:
         return "it takes one sequence without documents, cached keys or relative bias"
     if facts.d_key != facts.d_value or facts.d_key % 8 or facts.d_key > 256:
-        return f"it takes equal widths, a multiple of 8 up to 256: got {facts.d_key} and {facts.d_value}"
+        widths = f"{facts.d_key} and {facts.d_value}"
+        return f"it takes equal widths, a multiple of 8 up to 256: got {widths}"
     return ""
 
 

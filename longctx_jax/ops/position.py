@@ -1,8 +1,9 @@
-"""Positions: rotary (Su et al. 2021), sinusoid (Vaswani et al. 2017), relative bias (Raffel et al.
-2020, log-bucketed) and the relative shift of Transformer-XL (Dai et al. 2019).
+"""Positions: rotary, sinusoid, log-bucketed relative bias, and the relative shift.
 
-Streams are endless here, so angles stay exact at any int32 position: `p * frequency` in float32 would
-lose 0.3 rad at position 5e6. Not here: learned absolute tables (they bound the length).
+Source: Su et al. (2021), Vaswani et al. (2017), Raffel et al. (2020), Dai et al. (2019).
+
+Streams are endless here, so angles stay exact at any int32 position: `p * frequency` in float32
+would lose 0.3 rad at position 5e6. Not here: learned absolute tables (they bound the length).
 """
 
 import math
@@ -92,7 +93,9 @@ def relative_bucket(
     return jnp.where(distance < exact, distance, jnp.minimum(logarithmic, n_buckets - 1))
 
 
-def relative_shift(scores: Float[Array, "*batch seq offsets"]) -> Float[Array, "*batch seq offsets"]:
+def relative_shift(
+    scores: Float[Array, "*batch seq offsets"],
+) -> Float[Array, "*batch seq offsets"]:
     """Returns scores indexed by key instead of by distance (Transformer-XL, appendix B).
 
     Input column c of a row holds the score of distance (offsets - 1 - c); output column s holds

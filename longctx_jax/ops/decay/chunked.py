@@ -1,4 +1,4 @@
-"""The chunkwise form (Lightning Attention-2, RetNet, SSD): quadratic within chunks, recurrent between.
+"""The chunkwise form (Lightning Attention-2, RetNet, SSD): quadratic in chunks, recurrent between.
 
 For a chunk of c tokens with local index i and state S before it, a_i = lambda^(i+1) (read) and
 b_i = lambda^(c-1-i) (write):
@@ -35,7 +35,7 @@ def decay_attention_chunked(
     Matrix-product inputs stay in the input dtype, sums and states in float32.
 
     Cost: 2 batch heads seq (chunk_len (key + value) + 2 key value) flops; memory
-        seq (chunk_len + key value / chunk_len) a head; seq / chunk_len sequential elementwise steps.
+        seq (chunk_len + key value / chunk_len) a head; seq / chunk_len sequential steps.
     """
     dtype = accumulator(query, value)
     batch, seq, heads, _ = query.shape

@@ -1,4 +1,4 @@
-"""Powers of the decay, and document resets as indices: what every algorithm of this folder shares."""
+"""Powers of the decay, and document resets as indices: what every algorithm here shares."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """The token recurrence: one decode step, and its scan over a sequence."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,10 @@ def decay_attention_step(
     """Advances one token: S <- lambda S + k v^T, out = scale S^T q.
 
     Args:
+        query: of one token, [batch, heads, key].
+        key: as query.
+        value: [batch, heads, value].
+        log_decay: as in `decay_attention`.
         state: S after the token before, float32 (float64 for float64 input).
         reset: rows whose token starts a new document; their S is cleared first.
         scale: None = 1/sqrt(key width).
@@ -29,7 +35,7 @@ def decay_attention_step(
 
     Cost: 6 batch heads key value flops; reads and writes the state once.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     dtype = accumulator(query, value)
     decay = decay_power(log_decay, jnp.asarray(1))[None]  # [1, heads]
     if reset is not None:

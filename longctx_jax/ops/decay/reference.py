@@ -1,4 +1,4 @@
-"""The definition: scores times a decay matrix, quadratic in the sequence. The oracle of this folder."""
+"""The definition: scores times a decay matrix, quadratic in the sequence. The oracle."""
 
 import jax.numpy as jnp
 

@@ -36,7 +36,9 @@ def decay_attention(
     """Returns exponentially decaying causal linear attention and the state after the last token.
 
     Args:
-        query, key, value: key width and value width may differ.
+        query: [batch, seq, heads, key].
+        key: as query.
+        value: its width may differ.
         log_decay: log of the factor a head's memory keeps per token, <= 0; 0 never forgets, -inf
             keeps the current token only.
         state: S before the first token; None = zeros.
@@ -46,7 +48,7 @@ def decay_attention(
         implementation: "auto", "chunked", "recurrent" or "reference".
 
     Returns:
-        out in the dtype of value; state [batch, heads, key, value] in float32 (float64 for float64).
+        out in the dtype of value; state [batch, heads, key, value], float32 (float64 for float64).
 
     Raises:
         ValueError: unknown implementation, or chunk_len < 1.
@@ -64,8 +66,8 @@ def decay_attention(
     if chosen.name == "chunked":
         run = functools.partial(run, chunk_len=chunk_len)
     scale = d_key**-0.5 if scale is None else scale
-    out, state = run(query, key, value, log_decay, state, reset=reset, scale=scale)
-    return out.astype(value.dtype), state
+    out, last = run(query, key, value, log_decay, state, reset=reset, scale=scale)
+    return out.astype(value.dtype), last
 
 
 def _recurrent_unattractive(facts: _Facts) -> str:
