@@ -13,7 +13,7 @@ from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.contract import advance_documents
 from longctx_jax.nn.kv_cache import extend, init_kv_cache
 from longctx_jax.ops.attention import NEVER
-from tests.helpers import make_normal, random_variables
+from tests.helpers import make_normal, random_variables, sub_jaxprs
 
 CAPACITY, BATCH = 5, 2
 TOKENS = make_normal(0, BATCH, 96, 1, 3).astype(np.float32)
@@ -47,6 +47,15 @@ def test_the_ring_holds_the_last_tokens(lengths):
             assert np.array_equal(cache.key[row, slot], TOKENS[row, position])
             assert np.array_equal(cache.value[row, slot], 2 * TOKENS[row, position, :, :2])
             assert cache.slot_documents[row, slot] == DOCUMENTS[row, position]
+
+
+def test_a_long_call_writes_no_slot_twice():
+    """The order of two writes to one place is undefined, though a CPU keeps the last."""
+    cache, new = init_kv_cache(BATCH, CAPACITY, 1, 3, 3, "float32"), TOKENS[:, :11]
+    jaxpr = jax.make_jaxpr(extend)(cache, new, new, DOCUMENTS[:, :11]).jaxpr
+    writes = [e for j in sub_jaxprs(jaxpr) for e in j.eqns if e.primitive.name == "scatter"]
+    assert len(writes) == 4
+    assert all(write.invars[2].aval.shape[:2] == (BATCH, CAPACITY) for write in writes)
 
 
 def test_rows_stand_at_their_own_positions():
