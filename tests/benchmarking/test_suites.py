@@ -84,8 +84,8 @@ def test_schedules_report_the_cells_they_evaluate(config, without_clock):
     cells = {row["name"]: row["cells"] for row in rows if row["pass"] == "train"}
     assert cells["sequential"] == cells["layerwise"] == 8 * 16
     assert cells["diagonal, 4 ramp buckets"] == diagonal_cells(16, 8, 1, 4)
-    widths = [cells[f"diagonal, {n} ramp buckets"] for n in (1, 2, 4, 8)]
-    assert sorted(widths, reverse=True) == widths and widths[-1] == 8 * 16
+    widths = [cells[f"diagonal, {n} ramp buckets"] for n in (1, 2, 4)]
+    assert sorted(widths, reverse=True) == widths and widths[-1] > 8 * 16
     assert {row["padded_cells"] for row in rows} == {(8 + 16 - 1) * 8}
 
 
