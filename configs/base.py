@@ -64,6 +64,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.decay.position = "rotary"  # rotary | none
     c.decay.rope_theta = 10_000.0
     c.decay.use_gate = True  # multiply the normalised output by silu(x W)
+    c.decay.conv_len = 0  # tokens that a short convolution mixes before the projections; 0 = none
     c.decay.implementation = "auto"  # auto | reference | recurrent | chunked
     return c
 

@@ -80,11 +80,13 @@ class DecayConfig:
     position: str = "rotary"
     rope_theta: float = 10_000.0
     use_gate: bool = True
+    conv_len: int = 0
     implementation: str = "auto"
 
     def __post_init__(self):
         require_one_of("decay.kind", self.kind, decay_attention.DECAY_KINDS)
         require_positive("decay.chunk_len", self.chunk_len)
+        require_not_negative("decay.conv_len", self.conv_len)
         require_one_of("decay.position", self.position, decay_attention.POSITIONS)
         require_positive("decay.rope_theta", self.rope_theta)
 

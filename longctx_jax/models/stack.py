@@ -45,6 +45,8 @@ def _decay_mixer(config: ModelConfig) -> DecayAttention:
         position=config.decay.position,
         rope_theta=config.decay.rope_theta,
         use_gate=config.decay.use_gate,
+        conv_len=config.decay.conv_len,
+        d_model=config.d_model,
         implementation=config.decay.implementation,
         dtype=config.dtype,
         output_scale=output_scale(config),

@@ -19,7 +19,13 @@ MODELS = {
         "softmax": {"position": "relative", "qk_norm": True},
     },
     "sliding": {"pattern": ("sliding",), "d_value": 6},
-    "decay": {"name": "decay", "d_value": 6, "norm": "layer", "mlp": "gelu"},
+    "decay": {
+        "name": "decay",
+        "d_value": 6,
+        "norm": "layer",
+        "mlp": "gelu",
+        "decay": {"chunk_len": 4, "conv_len": 3},
+    },
     "mixed": {"pattern": ("decay", "decay", "sliding"), "n_layers": 3, "tie_embeddings": False},
 }
 

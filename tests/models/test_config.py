@@ -104,6 +104,7 @@ def n_params(c, heads_of_layers):
     for kind in heads_of_layers:
         if kind == "decay":
             mixer = c.d_model * c.n_heads * (2 * c.d_key + 3 * c.d_value) + c.d_value
+            mixer += c.decay.conv_len * c.d_model
         else:
             query_and_out = c.n_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))

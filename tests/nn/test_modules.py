@@ -35,6 +35,8 @@ def make_decay(**changes):
         "position": "rotary",
         "rope_theta": 100.0,
         "use_gate": True,
+        "conv_len": 0,
+        "d_model": D_MODEL,
         "implementation": "auto",
         "dtype": "float32",
         "output_scale": 1.0,
@@ -195,6 +197,8 @@ def test_decay_cache_bytes():
     cache = make_decay(dtype="bfloat16").init_cache(3, max_len=1000)
     assert cache.state.nbytes == 3 * 4 * 2 * 4 * 6
     assert cache.state.dtype == jnp.float32 and cache.position.shape == (3,)
+    with_history = make_decay(dtype="bfloat16", conv_len=4).init_cache(3, max_len=1000)
+    assert with_history.history.nbytes == 3 * 3 * D_MODEL * 2
 
 
 # --- block -------------------------------------------------------------------------------------
