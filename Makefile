@@ -31,13 +31,13 @@ venv-test:
 
 train: venv  ## Train, evaluate, sample and plot the quickstart model (minutes on a laptop)
 	$(RUN) -m scripts.train --config=configs/quickstart.py --workdir=$(QUICKSTART)
-	$(RUN) -m scripts.evaluate --workdir=$(QUICKSTART) --split=test
-	$(RUN) -m scripts.generate --workdir=$(QUICKSTART) --prompt="def "
+	$(RUN) -m scripts.evaluate --workdir=$(QUICKSTART) --split=test --max_bytes=400000
+	$(RUN) -m scripts.generate --workdir=$(QUICKSTART) --prompt="def " --max_new_tokens=400
 	$(RUN) -m scripts.plot $(QUICKSTART) --out=$(QUICKSTART)/curves.png
 	@echo
 	@echo "made: $(QUICKSTART)/ (checkpoints, metrics.jsonl, TensorBoard events, curves.png)"
 	@echo "next: $(RUN) -m scripts.generate --workdir=$(QUICKSTART) --prompt='class ' --temperature=0.5"
-	@echo "      $(RUN) -m scripts.train --config=configs/quickstart.py --workdir=runs/decay --config.model.name=decay"
+	@echo "      $(RUN) -m scripts.train --config=configs/quickstart.py --workdir=runs/transformer --config.model.name=transformer"
 	@echo "      $(RUN) -m scripts.sweep --sweep=configs/sweeps/quickstart_lr.py --workdir=runs/quickstart_lr"
 
 test: venv-test  ## Run the fast tests

@@ -9,7 +9,9 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "longctx_jax/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "longctx_jax/__init__.py").read_text()).group(
+    1
+)
 
 TEST = [
     "beartype",

@@ -40,7 +40,9 @@ def model_config() -> ml_collections.ConfigDict:
     c.dropout = 0.0  # probability, on the embedding and on what each mixer and MLP adds
     c.dtype = "float32"  # matrix-product inputs: float32 | bfloat16 (parameters stay float32)
     c.remat = "none"  # recompute in the backward pass: none | dots (keep matrix products) | full
-    c.schedule = "layerwise"  # layerwise | sequential | diagonal: order of the (segment, layer) grid
+    c.schedule = (
+        "layerwise"  # layerwise | sequential | diagonal: order of the (segment, layer) grid
+    )
     c.segment_len = 0  # tokens a segment of the schedule; 0 = the whole call is one segment
     c.n_ramp_buckets = 4  # diagonal: widths its ramps are compiled for; more = less waste
     c.unroll = 1  # layers a loop iteration: more = longer compilation, less loop overhead
@@ -72,7 +74,9 @@ def model_config() -> ml_collections.ConfigDict:
 def data_config() -> ml_collections.ConfigDict:
     """Where text comes from and how it is cut into windows."""
     c = ml_collections.ConfigDict()
-    c.name = "python_source"  # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds
+    c.name = (
+        "python_source"  # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds
+    )
     c.data_dir = ""  # folder of the data set; "" = $LONGCTX_DATA_DIR, else ~/data
     c.files = ()  # text: file names or globs, read in sorted order
     c.validation_fraction = 0.05  # text: share of the bytes, before the test share

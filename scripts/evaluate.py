@@ -14,7 +14,9 @@ STEP = flags.DEFINE_integer("step", -1, "Checkpoint to evaluate; -1 = the newest
 SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 MAX_BYTES = flags.DEFINE_integer("max_bytes", 0, "Evaluate the first N bytes only; 0 = all.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Stripes the split is cut into, each starting cold; 0 = config.eval.batch_size."
+    "batch_size",
+    0,
+    "Stripes the split is cut into, each starting cold; 0 = config.eval.batch_size.",
 )
 CACHE_LEN = flags.DEFINE_integer(
     "cache_len", 0, "Tokens full attention looks back on; 0 = as in training."

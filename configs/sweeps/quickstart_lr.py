@@ -12,6 +12,6 @@ def get_sweep() -> Sweep:
     """Three learning rates for each model."""
     return product(
         vary("model.name", "transformer", "decay"),
-        vary("optim.learning_rate", 3e-4, 1e-3, 3e-3),
+        vary("optim.learning_rate", 5e-3, 1e-2, 2e-2),
         vary("train.n_steps", 100),
     )

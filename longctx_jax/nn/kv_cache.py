@@ -132,7 +132,7 @@ def cached_attention(
 
 
 def _attend_ring(query, cache: KVCache, positions, documents, relative_bias) -> Partial:
-    partial = attention_partial(
+    return attention_partial(
         query,
         cache.key.astype(query.dtype),
         cache.value.astype(query.dtype),
@@ -140,4 +140,3 @@ def _attend_ring(query, cache: KVCache, positions, documents, relative_bias) -> 
         window_len=cache.key.shape[1],
         relative_bias=relative_bias,
     )
-    return Partial(partial.out, partial.log_normalizer)

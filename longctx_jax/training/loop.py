@@ -71,7 +71,11 @@ class _Stop:
 
 
 def train(
-    config: Any, workdir: str | os.PathLike[str], model: Decoder, data: TrainData, evaluate: Evaluate
+    config: Any,
+    workdir: str | os.PathLike[str],
+    model: Decoder,
+    data: TrainData,
+    evaluate: Evaluate,
 ) -> dict[str, Any]:
     """Trains to config.train.n_steps, or to the next signal, and returns the final record.
 
@@ -250,9 +254,7 @@ class _Run:
         if step == first:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.is_profiling = True
-        elif self.is_profiling and (
-            step is None or step >= first + config.profile_steps
-        ):
+        elif self.is_profiling and (step is None or step >= first + config.profile_steps):
             jax.block_until_ready(self.state.params)
             jax.profiler.stop_trace()
             self.is_profiling = False

@@ -125,14 +125,20 @@ def test_a_killed_run_continues_to_the_same_state(tmp_path, trained):
         leaves.append(meta["leaves"])  # with the CRC-32 of every array
     assert leaves[0] == leaves[1]
     losses = [
-        [r["loss"] for r in read_records(w / "metrics.jsonl") if "loss" in r] for w in (whole, killed)
+        [r["loss"] for r in read_records(w / "metrics.jsonl") if "loss" in r]
+        for w in (whole, killed)
     ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
 def test_sigterm_exits_zero_with_a_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "scripts.train", *train_flags(tmp_path, train__n_steps=100_000)]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.train",
+        *train_flags(tmp_path, train__n_steps=100_000),
+    ]
     process = subprocess.Popen(
         command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -148,13 +154,20 @@ def test_sigterm_exits_zero_with_a_checkpoint(tmp_path):
 
 
 MISTAKES = {
-    "indivisible sizes": (["--config.model.n_heads=3"], ["n_heads=3", "d_model=16", "use n_heads="]),
+    "indivisible sizes": (
+        ["--config.model.n_heads=3"],
+        ["n_heads=3", "d_model=16", "use n_heads="],
+    ),
     "unknown mixer": (["--config.model.pattern=('decay','slidng')"], ["pattern", "slidng"]),
     "pattern and layers": (["--config.model.pattern=('decay','sliding')"], ["n_layers=1"]),
     "unknown model": (["--config.model.name=mamba9"], ["config.model.name", "mamba9"]),
     "empty glob": (["--config.data.files=('/nowhere/*.txt',)"], ["config.data.files", "/nowhere"]),
     "missing enwik8": (
-        ["--config.data.name=enwik8", "--config.data.data_dir=/nowhere", "--config.data.download=False"],
+        [
+            "--config.data.name=enwik8",
+            "--config.data.data_dir=/nowhere",
+            "--config.data.download=False",
+        ],
         ["enwik8", "/nowhere"],
     ),
     "small vocabulary": (["--config.model.vocab_size=64"], ["vocab_size", "byte"]),

@@ -129,7 +129,14 @@ def test_what_a_finished_run_leaves(undisturbed):
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == list(range(1, 21))
     first = next(r for r in records if "loss" in r)
-    for name in ("bits_per_byte", "grad_norm", "learning_rate", "tokens_per_s", "tokens", "seconds"):
+    for name in (
+        "bits_per_byte",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_s",
+        "tokens",
+        "seconds",
+    ):
         assert np.isfinite(first[name])
     assert first["bits_per_byte"] == pytest.approx(first["loss"] / np.log(2))
     assert first["tokens"] == 64
@@ -166,7 +173,11 @@ def test_a_non_finite_loss_stops_before_saving(tmp_path, splits):
 
 
 def test_init_from_takes_the_averaged_weights(undisturbed, tmp_path, splits):
-    fields = {"train__init_from": str(undisturbed), "train__n_steps": 1, "optim__learning_rate": 0.0}
+    fields = {
+        "train__init_from": str(undisturbed),
+        "train__n_steps": 1,
+        "optim__learning_rate": 0.0,
+    }
     run(tmp_path, splits, **fields)
     _, theirs = state_of(undisturbed, **OPTIONS)
     step, mine = state_of(tmp_path, **fields)

@@ -37,7 +37,12 @@ def test_no_warmup_starts_at_the_peak():
 
 def params():
     return {
-        "stack": {"0_softmax": {"query": {"kernel": jnp.ones((2, 4, 4))}, "norm": {"scale": jnp.ones((2, 4))}}},
+        "stack": {
+            "0_softmax": {
+                "query": {"kernel": jnp.ones((2, 4, 4))},
+                "norm": {"scale": jnp.ones((2, 4))},
+            }
+        },
         "embed": {"table": jnp.ones((8, 4))},
     }
 
@@ -58,7 +63,8 @@ def test_decay_acts_on_stacked_matrices_only():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
     tx, _ = make_optimizer(
-        optim(name=name, schedule="constant", learning_rate=0.02, warmup_steps=0, weight_decay=0.0), 50
+        optim(name=name, schedule="constant", learning_rate=0.02, warmup_steps=0, weight_decay=0.0),
+        50,
     )
 
     def loss(p):
