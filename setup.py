@@ -1,6 +1,7 @@
 """Packaging metadata: the only place for name, version, dependencies and extras.
 
-`pyproject.toml` deliberately has no `[project]` table; two metadata sources break editable installs.
+`pyproject.toml` deliberately has no `[project]` table; two metadata sources break editable
+installs.
 """
 
 import pathlib

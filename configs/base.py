@@ -25,7 +25,7 @@ def model_config() -> ml_collections.ConfigDict:
     """The model: sizes shared by all schemes, then one sub-config a mixer."""
     c = ml_collections.ConfigDict()
     c.name = "transformer"  # transformer | decay
-    c.pattern = ()  # repeating mixer kinds, e.g. ("decay", "decay", "sliding"); () = the model's own
+    c.pattern = ()  # repeating mixers, e.g. ("decay", "decay", "sliding"); () = the model's own
     c.n_layers = 6  # blocks; a multiple of the pattern's length
     c.d_model = 256  # width of the residual stream
     c.n_heads = 4  # query heads

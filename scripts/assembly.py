@@ -6,7 +6,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import ml_collections

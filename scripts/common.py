@@ -91,8 +91,9 @@ def run(main: Callable[[list[str]], int | None], *, accept_args: bool = False) -
 
 
 def _is_worth_showing(record: Any) -> bool:
-    """Drops what Orbax reports about saves that go well: dozens of lines each."""
-    return "orbax" not in record.pathname or record.levelno >= std_logging.WARNING
+    """Drops what libraries log about things that go well: dozens of lines a checkpoint."""
+    least = {"orbax": std_logging.ERROR, "xla_bridge.py": std_logging.WARNING}
+    return all(record.levelno >= n for name, n in least.items() if name in record.pathname)
 
 
 def is_user_error(error: BaseException) -> bool:

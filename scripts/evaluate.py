@@ -1,6 +1,9 @@
-"""Evaluates a run: python -m scripts.evaluate --workdir=DIR [--step=N] [--split=test] [--max_bytes=N].
+"""Evaluates a run on a split of its text.
 
-The last line printed is one JSON object: split, bits_per_byte, nats_per_token, tokens, bytes, step, ...
+    python -m scripts.evaluate --workdir=DIR [--step=N] [--split=test] [--max_bytes=N]
+
+The last line printed is one JSON object: split, bits_per_byte, nats_per_token, tokens, bytes, step
+and more.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Samples text from a run: python -m scripts.generate --workdir=DIR --prompt="..." [--max_new_tokens=N]."""
+"""Samples text from a run.
+
+python -m scripts.generate --workdir=DIR --prompt="..." [--max_new_tokens=N] [--temperature=T]
+"""
 
 import time
 

@@ -1,4 +1,6 @@
-"""Trains a model: python -m scripts.train --config=configs/NAME.py --workdir=DIR [--config.field=value].
+"""Trains a model and saves it.
+
+    python -m scripts.train --config=configs/NAME.py --workdir=DIR [--config.field=value ...]
 
 Started again with the same command, it resumes; SIGTERM saves and exits 0.
 """

@@ -1,4 +1,4 @@
-"""Decaying linear attention on PG-19 as bytes, 12 layers x 512, 2048-token windows, books kept apart."""
+"""Decaying linear attention on PG-19 as bytes, 12 layers x 512, 2048-token windows."""
 
 import ml_collections
 

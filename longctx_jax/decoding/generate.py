@@ -1,7 +1,7 @@
 """Generation: prefill the prompt, then a compiled loop of one-token steps on the same `apply`.
 
-Prompts of different lengths share a batch by padding on the left: the padding is a document of its own,
-and the document boundary before the prompt makes every mixer forget it.
+Prompts of different lengths share a batch by padding on the left: the padding is a document of its
+own, and the document boundary before the prompt makes every mixer forget it.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Streaming evaluation: negative log-likelihood of a text of any length in constant memory.
 
-The text is cut into a few stripes that advance in parallel, each with its own carried cache, so every
-token but the first of a stripe sees all that its cache can hold. Bits per byte are total bits over
-raw text bytes, whatever the tokenizer; the first token of the text, which nothing precedes, is charged
-log(vocabulary size).
+The text is cut into a few stripes that advance in parallel, each with its own carried cache, so
+every token but the first of a stripe sees all that its cache can hold. Bits per byte are total bits
+over raw text bytes, whatever the tokenizer; the first token of the text, which nothing precedes, is
+charged log(vocabulary size).
 """
 
 import functools
@@ -29,6 +29,7 @@ def eval_step(
 ) -> tuple[jax.Array, ModelCache]:
     """Returns the weighted negative log-likelihood of each row, nats [rows], and the next cache."""
     out = model.apply(variables, batch["tokens"], cache, segment_ids=batch["segment_ids"])
+    assert out.cache is not None
     nll = token_nll(out.logits, batch["targets"]) * batch["weights"]
     return jnp.sum(nll, axis=1), out.cache
 

@@ -8,6 +8,7 @@ Source: Sun et al. (2023), arXiv 2307.08621; decays of Lightning Attention: Qin 
 2401.04658.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -114,7 +115,7 @@ class DecayAttention(nn.Module):
             out = out * jax.nn.silu(dense(out.shape[-1], self.dtype, "gate")(x))
         out = dense(d_model, self.dtype, "out", self.output_scale)(out)
         if cache is not None:
-            cache = cache.replace(state=state, position=cache.position + seq)
+            cache = dataclasses.replace(cache, state=state, position=cache.position + seq)
         return out, cache, no_aux()
 
     def _convolve(self, x, cache, documents: Documents | None):
@@ -138,7 +139,7 @@ class DecayAttention(nn.Module):
         )
         indices = jnp.concatenate([cache.history_documents, documents.index], axis=1)
         indices = indices[:, x.shape[1] :]
-        return y, cache.replace(history=history, history_documents=indices)
+        return y, dataclasses.replace(cache, history=history, history_documents=indices)
 
     def _log_decay(self) -> jax.Array:
         start = log_decays(self.kind, self.n_heads)

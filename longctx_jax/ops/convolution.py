@@ -2,7 +2,8 @@
 
     y_t = sum_{j < width} kernel_j * x_{t-j}        terms of earlier documents are dropped
 
-The local mixing that linear recurrences are given in practice (Mamba: Gu & Dao 2023, arXiv 2312.00752).
+The local mixing that linear recurrences are given in practice (Mamba: Gu & Dao 2023, arXiv
+2312.00752).
 """
 
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """Checkpoints: the only file that touches Orbax.
 
-A checkpoint holds the train state, the data position, and `meta`: format number, resolved config, library
-versions, and for every array its shape, dtype and CRC-32. Orbax makes saving atomic (a kill leaves the
-last good step) and asynchronous; the checksums catch what a file system does afterwards, since the
-array format itself returns flipped bytes without complaint.
+A checkpoint holds the train state, the data position, and `meta`: format number, resolved config,
+library versions, and for every array its shape, dtype and CRC-32. Orbax makes saving atomic (a kill
+leaves the last good step) and asynchronous; the checksums catch what a file system does afterwards,
+since the array format itself returns flipped bytes without complaint.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -256,7 +257,7 @@ def _name(path: Iterable[Any]) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _key_data(tree: PyTree) -> PyTree:
@@ -305,8 +306,8 @@ def _require_same_leaves(meta: dict[str, Any], abstract: PyTree, where: pathlib.
         shown = "; ".join(differences[:5])
         raise ValueError(
             f"a checkpoint must be of the same model and optimizer: {where} (model '{model}') "
-            f"differs in {len(differences)} arrays: {shown}; use the config it was trained with, or "
-            "another --workdir"
+            f"differs in {len(differences)} arrays: {shown}; use the config it was trained "
+            "with, or another --workdir"
         )
 
 

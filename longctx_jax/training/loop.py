@@ -1,8 +1,9 @@
 """The training loop: start or resume, update, report, evaluate, save, stop cleanly.
 
-Where a run starts, in this order: (1) the newest whole checkpoint of its work directory; (2) the weights of
-the run that config.train.init_from names, at step 0; (3) fresh weights. Step n is dispatched before the
-metrics of step n-1 are fetched, so reporting never stalls the device. SIGTERM and SIGINT save and return.
+Where a run starts, in this order: (1) the newest whole checkpoint of its work directory; (2) the
+weights of the run that config.train.init_from names, at step 0; (3) fresh weights. Step n is
+dispatched before the metrics of step n-1 are fetched, so reporting never stalls the device. SIGTERM
+and SIGINT save and return.
 """
 
 import contextlib
@@ -211,8 +212,8 @@ class _Run:
             raise NonFiniteLossError(
                 f"loss and gradient must be finite: step {step} has loss={scalars['loss']}, "
                 f"grad_norm={scalars['grad_norm']} at {self.data.position_of(step - 1)}; the last "
-                f"checkpoint is step {max(0, self.saved_step)}: lower config.optim.learning_rate or "
-                "config.optim.clip_norm and continue from it with config.train.init_from"
+                f"checkpoint is step {max(0, self.saved_step)}: lower config.optim.learning_rate "
+                "or config.optim.clip_norm and continue from it with config.train.init_from"
             )
         self.window.add(scalars["loss"])
         every = self.config.log.every
@@ -337,7 +338,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
-    """Returns the state with the (averaged, where kept) weights of another run's last checkpoint."""
+    """Returns the state with another run's newest weights, averaged ones where it keeps them."""
     other = Checkpointer(workdir, is_read_only=True)
     steps = other.steps()
     if not steps:
@@ -353,7 +354,9 @@ def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
     params = restored.state[field]
     logging.info("weights=%s from=%s step=%d", field, workdir, restored.step)
     ema = jax.tree.map(lambda x: x.copy(), params) if state.ema else {}
-    return state.replace(params=params, ema=ema, model_state=restored.state["model_state"])
+    return dataclasses.replace(
+        state, params=params, ema=ema, model_state=restored.state["model_state"]
+    )
 
 
 def _check(config: Any) -> None:

@@ -16,7 +16,7 @@ MATRICES = ("kernel",)
 
 
 def make_schedule(config: Any, n_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up, then the shape that config.optim.schedule names.
+    """Returns step -> learning rate: linear warm-up, then what config.optim.schedule names.
 
     "cosine" and "linear" fall to final_fraction of the peak at n_steps; "wsd" stays at the peak and
     falls linearly over the last decay_fraction of the steps; "constant" stays.

@@ -1,10 +1,12 @@
 """One parameter update: loss, gradient, micro-batches, optimizer, averages. Pure functions.
 
-The objective of a step is (sum of token losses + sum of auxiliary losses) / number of tokens, over the
-whole batch. Micro-batches add up sums and divide once, so they change memory and not the gradient.
+The objective of a step is (sum of token losses + sum of auxiliary losses) / number of tokens, over
+the whole batch. Micro-batches add up sums and divide once, so they change memory and not the
+gradient.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from longctx_jax.ops.losses import chunked_token_nll
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, Any]  # numpy or jax arrays [rows, seq]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -85,7 +87,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, new), cache
 
         first = jax.tree.map(lambda x: x[0], (micro, caches))
-        shapes = jax.eval_shape(lambda *a: one(*a, 0)[1], *first)
+        shapes = jax.eval_shape(lambda inputs: one(*inputs, 0)[1], first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, caches = jax.lax.scan(add, zeros, (jnp.arange(n_microbatches), micro, caches))
         return merge_cache_rows(caches), total
@@ -105,7 +107,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             **_named_metrics(sums),
         }
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -156,8 +159,8 @@ def _map_rows(cache: ModelCache | None, function: Callable[[jax.Array, int], jax
     if cache is None:
         return None
     layers = jax.tree.map(lambda leaf: function(leaf, 1), cache.layers)
-    rest = jax.tree.map(lambda leaf: function(leaf, 0), cache.replace(layers=()))
-    return rest.replace(layers=layers)
+    rest = jax.tree.map(lambda leaf: function(leaf, 0), dataclasses.replace(cache, layers=()))
+    return dataclasses.replace(rest, layers=layers)
 
 
 def split_cache_rows(cache: ModelCache | None, n: int) -> PyTree:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: cuDNN attention and the models on the device. `make gpu-check` runs it."""
+"""What only a GPU can show: cuDNN attention, models on the device (`make gpu-check`)."""
 
 import jax
 import jax.numpy as jnp

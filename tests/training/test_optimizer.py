@@ -12,7 +12,7 @@ from longctx_jax.training.optimizer import OPTIMIZERS, is_matrix, make_optimizer
 
 def optim(**fields):
     config = base.get_config().optim
-    config.update(dict(learning_rate=1.0, warmup_steps=10, final_fraction=0.1) | fields)
+    config.update({"learning_rate": 1.0, "warmup_steps": 10, "final_fraction": 0.1} | fields)
     return config
 
 
