@@ -87,7 +87,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, new), cache
 
         first = jax.tree.map(lambda x: x[0], (micro, caches))
-        shapes = jax.eval_shape(lambda inputs: one(*inputs, 0)[1], first)
+        shapes = jax.eval_shape(lambda pair: one(pair[0], pair[1], 0)[1], first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, caches = jax.lax.scan(add, zeros, (jnp.arange(n_microbatches), micro, caches))
         return merge_cache_rows(caches), total
