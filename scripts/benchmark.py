@@ -64,7 +64,9 @@ def main(arguments: list[str]) -> None:
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     fields = timing.environment(command) | {"is_quick": _QUICK.value}
     device = fields["device"].lower().replace(" ", "_")
-    out = pathlib.Path(_OUT.value or f"results/{_SUITE.value}_{device}.jsonl")
+    # Quick rows measure nothing: they stay away from the recorded ones.
+    folder = "runs/benchmark_quick" if _QUICK.value else "results"
+    out = pathlib.Path(_OUT.value or f"{folder}/{_SUITE.value}_{device}.jsonl")
     if out.suffix == ".png":
         raise common.UsageError(
             f"--out must be the rows' file: got {out}; the figure lies beside it"

@@ -3,6 +3,7 @@
 python -m scripts.generate --workdir=DIR --prompt="..." [--max_new_tokens=N] [--temperature=T]
 """
 
+import os
 import time
 
 from absl import flags
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     from scripts import assembly
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    texts = [p.encode() for p in PROMPT.value]
+    texts = [os.fsencode(p) for p in PROMPT.value]  # any bytes, valid UTF-8 or not
     for path in PROMPT_FILE.value:
         with open(path, "rb") as file:
             texts.append(file.read())

@@ -74,7 +74,12 @@ def pad_left(
 def _prefill(model: Decoder, variables, tokens, segment_ids, cache: ModelCache):
     """Returns the logits after the last token [rows, vocab], and the cache."""
     out = model.hidden(variables, tokens, cache, segment_ids=segment_ids)
-    logits = out.hidden[:, -1] @ model.unembedding(variables)
+    logits = jnp.einsum(
+        "bd,dz->bz",
+        out.hidden[:, -1],
+        model.unembedding(variables),
+        preferred_element_type=jnp.float32,  # as in Decoder.apply
+    )
     return logits.astype(jnp.float32), out.cache
 
 

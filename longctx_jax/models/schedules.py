@@ -269,7 +269,7 @@ def ramp_phases(
 
     Running all L layers on all S + L - 1 diagonals wastes (L - 1) / S of the useful work on the
     ramps. Here each ramp is cut into n_buckets pieces, each compiled for its own width, and the
-    waste falls to about L / (n_buckets S) at the price of 2 n_buckets - 1 compiled bodies.
+    waste falls to about L / (n_buckets S) at the price of 2 n_buckets + 1 compiled bodies.
     """
     n_layers = n_repeats * pattern_len
     n_steps = n_segments + n_layers - 1

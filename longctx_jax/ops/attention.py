@@ -57,6 +57,7 @@ class _Facts:
     is_aligned: bool
     has_segments: bool
     has_bias: bool
+    needs_normalizer: bool
 
 
 def attention(
@@ -97,6 +98,7 @@ def attention(
         value,
         where,
         is_aligned=True,
+        needs_normalizer=False,
         window_len=window_len,
         relative_bias=relative_bias,
         scale=scale,
@@ -111,6 +113,7 @@ def attention_partial(
     where: Keys,
     *,
     is_aligned: bool = False,
+    needs_normalizer: bool = True,
     window_len: int = 0,
     relative_bias: Float[Array, "heads buckets"] | None = None,
     scale: float | None = None,
@@ -125,6 +128,8 @@ def attention_partial(
         where: positions and documents of queries and keys.
         is_aligned: promise that key slot s is the token of query row s (self-attention over
             consecutive positions), which the banded and cuDNN forms need.
+        needs_normalizer: whether the log-normaliser is used and differentiated; cuDNN's backward
+            pass ignores its gradient, so that form is then ruled out.
         window_len: as in `attention`, like the options below.
         relative_bias: added to the scores.
         scale: of the scores.
@@ -148,6 +153,7 @@ def attention_partial(
         is_aligned=is_aligned,
         has_segments=where.query_segment_ids is not None,
         has_bias=relative_bias is not None,
+        needs_normalizer=needs_normalizer,
     )
     chosen = choose("attention", IMPLEMENTATIONS, implementation, facts)
     return chosen.run(query, key, value, where, window_len, relative_bias, scale)
@@ -370,6 +376,8 @@ def _cudnn_unsupported(facts: _Facts) -> str:
         return f"it needs a GPU, this is {facts.platform}"
     if facts.dtype not in ("bfloat16", "float16"):
         return f"it takes bfloat16 or float16, got {facts.dtype}"
+    if facts.needs_normalizer:
+        return "its backward pass ignores the gradient of the normaliser that merging needs"
     if not facts.is_aligned or facts.has_segments or facts.has_bias:
         return "it takes one sequence without documents, cached keys or relative bias"
     if facts.d_key != facts.d_value or facts.d_key % 8 or facts.d_key > 256:

@@ -194,19 +194,26 @@ class Checkpointer:
     def restore_latest(self, template: PyTree) -> Restored | None:
         """Returns the newest checkpoint that is whole, None if there is none at all.
 
-        A damaged one is reported loudly and moved to "checkpoints_damaged" (not when read-only).
+        Damaged ones are reported loudly and, once an older one is restored, moved to
+        "checkpoints_damaged" (not when read-only). If none can be restored, nothing is moved: the
+        fault may be the machine's, and a second start must fail in the same way.
 
         Raises:
             ValueError: the checkpoint is of another model or optimizer.
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and none can be restored.
         """
         steps = self.steps()
+        damaged: list[int] = []
         for step in reversed(steps):
             try:
-                return self.restore(step, template)
+                restored = self.restore(step, template)
             except CheckpointError as error:
                 logging.error("falling back to the checkpoint before step %d: %s", step, error)
-                self._set_aside(step)
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return restored
         if steps:
             raise CheckpointError(
                 f"a run must have one whole checkpoint to continue: all of {steps} in "
@@ -242,6 +249,12 @@ class Checkpointer:
     def _intact(self) -> str:
         steps = sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit())
         return f"checkpoints {steps} are intact" if steps else "no checkpoint exists yet"
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether anything was ever saved in a work directory."""
+    folder = workdir / FOLDER
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def require_restored(tree: PyTree) -> None:

@@ -25,7 +25,7 @@ from absl import logging
 from longctx_jax.data import make_iterator
 from longctx_jax.models.base import Decoder
 from longctx_jax.ops.losses import NATS_PER_BIT
-from longctx_jax.training.checkpoint import Checkpointer
+from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
 from longctx_jax.training.metrics import CompositeWriter, make_writer
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import TrainState, init_state
@@ -97,17 +97,20 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     _check(config)
-    claim_workdir(workdir, config)
+    require_same_config(workdir, config)
     checkpointer = Checkpointer(
         workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
     )
-    run = _Run(config, workdir, model, data, evaluate, checkpointer)
-    try:
-        with _stop_on_signals() as stop:
+    with _stop_on_signals() as stop:
+        run = _Run(config, workdir, model, data, evaluate, checkpointer)
+        write_json(
+            workdir / CONFIG_FILE, _resolved(config)
+        )  # the run is possible: claim the folder
+        try:
             return run.go(stop)
-    finally:
-        run.close()
-        checkpointer.close()  # a save that is under way finishes even if the run has failed
+        finally:
+            run.close()
+            checkpointer.close()  # a save that is under way finishes even if the run has failed
 
 
 class _Run:
@@ -162,7 +165,8 @@ class _Run:
             is_last = self.step == n_steps
             if is_last or self.step % config.train.checkpoint_every == 0:
                 self._save()
-            if is_last or (config.eval.every and self.step % config.eval.every == 0):
+            is_due = config.eval.every and self.step % config.eval.every == 0
+            if is_last or (is_due and not stop.signal_name):
                 results = self._evaluate()
         self._report()
         self._profile(None)
@@ -291,17 +295,20 @@ class _Window:
         return loss, speed
 
 
-def claim_workdir(workdir: pathlib.Path, config: Any) -> None:
-    """Writes config.json, or checks that the folder's run has the same config.
+def _resolved(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def require_same_config(workdir: pathlib.Path, config: Any) -> None:
+    """Checks that the folder's run, if it has saved anything, has the same config.
 
     Raises:
         ValueError: if it differs in a field that touches the state; names the fields.
     """
     path = workdir / CONFIG_FILE
-    resolved = json.loads(json.dumps(config.to_dict()))
-    if path.exists():
+    if path.exists() and has_checkpoints(workdir):
         before = _flatten(json.loads(path.read_text()))
-        now = _flatten(resolved)
+        now = _flatten(_resolved(config))
         changed = {
             name: (before.get(name), now.get(name))
             for name in sorted(before.keys() | now.keys())
@@ -316,8 +323,6 @@ def claim_workdir(workdir: pathlib.Path, config: Any) -> None:
             )
         for name, (was, value) in changed.items():
             logging.warning("config.%s was %r and is %r from here on", name, was, value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, resolved)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -339,17 +344,21 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
     """Returns the state with another run's newest weights, averaged ones where it keeps them."""
-    other = Checkpointer(workdir, is_read_only=True)
-    steps = other.steps()
-    if not steps:
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not (path.is_file() and has_checkpoints(pathlib.Path(workdir))):
         raise FileNotFoundError(
-            f"config.train.init_from must be a run with a checkpoint: {workdir} has none; train it "
-            "first"
+            f"config.train.init_from must be the folder of a run with a checkpoint: {workdir} has "
+            "none; name another folder, or train that run first"
         )
-    meta = other.read_meta(steps[-1])
-    has_ema = any(name.startswith("ema/") for name in meta["leaves"])
+    has_ema = json.loads(path.read_text())["train"]["ema_decay"] > 0
     field = "ema" if has_ema else "params"
-    restored = other.restore_latest({field: state.params, "model_state": state.model_state})
+    template = {field: state.params, "model_state": state.model_state}
+    try:
+        restored = Checkpointer(workdir, is_read_only=True).restore_latest(template)
+    except (ValueError, CheckpointError) as error:
+        raise ValueError(
+            f"config.train.init_from must be a whole run of the same model: {workdir}: {error}"
+        ) from error
     assert restored is not None
     params = restored.state[field]
     logging.info("weights=%s from=%s step=%d", field, workdir, restored.step)
@@ -373,6 +382,16 @@ def _check(config: Any) -> None:
             f"config.train.n_microbatches must divide config.data.global_batch_size: got {micro} "
             f"and {batch}; choose a divisor"
         )
+    if config.eval.batch_size < 1:
+        raise ValueError(
+            f"config.eval.batch_size must be at least 1: got {config.eval.batch_size}; use 8"
+        )
+    for field in ("every", "max_bytes", "seq_len", "cache_len"):
+        if config.eval[field] < 0:
+            raise ValueError(
+                f"config.eval.{field} must not be negative: got {config.eval[field]}; 0 is the "
+                "default"
+            )
     if not 0.0 <= config.train.ema_decay < 1.0:
         raise ValueError(
             f"config.train.ema_decay must be in [0, 1): got {config.train.ema_decay}; 0 is off"

@@ -191,7 +191,7 @@ class WandbWriter:
         except ImportError as error:
             raise ImportError(
                 "log.wandb needs the package wandb: it is not installed; "
-                'run `pip install "longctx_jax[wandb]"` or set config.log.wandb to False'
+                "run `make venv EXTRAS=wandb` or set config.log.wandb to False"
             ) from error
         folder = pathlib.Path(folder).resolve()
         id_file = folder / "wandb_id.txt"

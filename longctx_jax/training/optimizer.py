@@ -46,7 +46,7 @@ def make_schedule(config: Any, n_steps: int) -> optax.Schedule:
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "wsd":
-        n_decay = max(1, round(config.decay_fraction * n_steps))
+        n_decay = min(rest, max(1, round(config.decay_fraction * n_steps)))
         after = optax.linear_schedule(peak, final, n_decay, max(0, rest - n_decay))
     else:
         after = optax.constant_schedule(peak)
@@ -60,7 +60,8 @@ def make_schedule(config: Any, n_steps: int) -> optax.Schedule:
 def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformation, Callable]:
     """Returns the optax transformation of `config.optim`, and its schedule for logging.
 
-    Weight decay is decoupled, multiplied by the learning rate, and applies to matrices only.
+    Weight decay is decoupled, multiplied by the learning rate, and applies to matrices only; "adam"
+    is the one without it.
     "muon" orthogonalises the update of every layer's matrices (scaled by 0.2 sqrt(max side), so
     Adam's learning rates carry over) and leaves the rest to Adam.
 
@@ -89,10 +90,9 @@ def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformat
     elif config.name == "adafactor":
         core = optax.adafactor(
             schedule,
-            weight_decay_rate=config.weight_decay or None,
-            weight_decay_mask=is_matrix,
             multiply_by_parameter_scale=False,
         )
+        core = optax.chain(core, _decoupled_decay(config.weight_decay, schedule))
     elif config.name == "muon":
         core = contrib.muon(
             schedule,
@@ -105,12 +105,26 @@ def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformat
             muon_weight_dimension_numbers=_muon_dimensions,
         )
     else:
-        core = optax.chain(
-            optax.add_decayed_weights(**decay), optax.sgd(schedule, momentum=config.beta1)
-        )
+        sgd = optax.sgd(schedule, momentum=config.beta1)
+        core = optax.chain(sgd, _decoupled_decay(config.weight_decay, schedule))
     if config.clip_norm > 0:
         core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
     return core, schedule
+
+
+def _decoupled_decay(rate: float, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adds -rate * learning rate * weight to the update of every matrix."""
+    decay = optax.chain(
+        optax.scale(0.0), optax.add_decayed_weights(rate), optax.scale_by_learning_rate(schedule)
+    )
+
+    def update(updates, state, params=None):
+        shrink, state = decay.update(updates, state, params)
+        wanted = is_matrix(params)
+        updates = jax.tree.map(lambda u, s, m: u + s if m else u, updates, shrink, wanted)
+        return updates, state
+
+    return optax.GradientTransformation(decay.init, update)
 
 
 def is_matrix(params: PyTree) -> PyTree:

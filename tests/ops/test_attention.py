@@ -361,7 +361,7 @@ def test_merge_of_unequal_shapes():
 
 # --- choosing a form ---------------------------------------------------------------------------
 
-GPU = ops._Facts("gpu", "bfloat16", 512, 512, 64, 64, 0, True, False, False)
+GPU = ops._Facts("gpu", "bfloat16", 512, 512, 64, 64, 0, True, False, False, False)
 CHOICES = [
     ("cudnn", {}),
     ("cudnn", {"window_len": 128}),
@@ -370,6 +370,7 @@ CHOICES = [
     ("dense", {"is_aligned": False}),
     ("dense", {"has_segments": True}),
     ("dense", {"has_bias": True}),
+    ("dense", {"needs_normalizer": True}),
     ("dense", {"d_value": 128}),
     ("dense", {"d_key": 60, "d_value": 60}),
     ("dense", {"d_key": 512, "d_value": 512}),

@@ -112,8 +112,9 @@ def test_reading_only_moves_nothing(run):
 def test_all_damaged_is_an_error(run):
     for step in (1, 2, 3):
         damage(run, step, "missing file")
-    with pytest.raises(CheckpointError, match=r"all of \[1, 2, 3\].*damaged"):
-        Checkpointer(run).restore_latest(template())
+    for _ in range(2):  # a second start must not take the folder for a fresh one
+        with pytest.raises(CheckpointError, match=r"all of \[1, 2, 3\].*damaged"):
+            Checkpointer(run).restore_latest(template())
 
 
 def test_another_model_is_named_and_nothing_is_moved(run):

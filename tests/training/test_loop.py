@@ -186,8 +186,22 @@ def test_init_from_takes_the_averaged_weights(undisturbed, tmp_path, splits):
         np.testing.assert_array_equal(a, b)
 
 
+def test_init_from_another_model_names_the_field(undisturbed, tmp_path, splits):
+    fields = {"train__init_from": str(undisturbed), "model__d_model": 32}
+    with pytest.raises(ValueError, match="config.train.init_from.*embed/table"):
+        run(tmp_path, splits, **fields)
+
+
+def test_a_mistake_does_not_claim_the_folder(tmp_path, splits):
+    with pytest.raises(ValueError, match="config.optim.name"):
+        run(tmp_path, splits, optim__name="adamm", train__n_steps=1)
+    assert not (tmp_path / "config.json").exists()
+    (tmp_path / "config.json").write_text('{"optim": {"name": "of a run that never saved"}}')
+    assert run(tmp_path, splits, train__n_steps=1)["is_finished"]
+
+
 def test_init_from_nothing(tmp_path, splits):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="config.train.init_from.*has none"):
         run(tmp_path / "a", splits, train__init_from=str(tmp_path / "none"))
 
 
@@ -198,6 +212,9 @@ def test_init_from_nothing(tmp_path, splits):
         {"train__checkpoint_every": 0},
         {"train__n_microbatches": 3},
         {"train__ema_decay": 1.0},
+        {"eval__batch_size": 0},
+        {"eval__max_bytes": -1},
+        {"eval__cache_len": -1},
         {"log__every": 0},
     ],
     ids=str,

@@ -83,6 +83,25 @@ def test_every_optimizer_descends(name):
     assert float(loss(p)) < 0.7 * before
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_weight_decay_is_rate_times_learning_rate(name):
+    """With no gradient a matrix shrinks by exactly that share; nothing else moves."""
+    config = optim(
+        name=name, schedule="constant", learning_rate=0.01, warmup_steps=0, weight_decay=0.5
+    )
+    tx, _ = make_optimizer(config, 10)
+    zero = jax.tree.map(jnp.zeros_like, params())
+    updates, _ = tx.update(zero, tx.init(params()), params())
+    kernel = updates["stack"]["0_softmax"]["query"]["kernel"]
+    np.testing.assert_allclose(kernel, -0.005, rtol=1e-4)
+    assert float(jnp.abs(updates["embed"]["table"]).max()) < 1e-8
+
+
+def test_wsd_ends_at_the_final_fraction_however_long_the_warmup():
+    schedule = make_schedule(optim(schedule="wsd", warmup_steps=80, decay_fraction=0.5), 100)
+    np.testing.assert_allclose(schedule(100), 0.1, atol=1e-6)
+
+
 def test_muon_orthogonalises_each_layer_by_itself():
     tx, _ = make_optimizer(
         optim(name="muon", schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0), 10
