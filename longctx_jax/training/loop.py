@@ -26,7 +26,7 @@ from longctx_jax.data import make_iterator
 from longctx_jax.models.base import Decoder
 from longctx_jax.ops.losses import NATS_PER_BIT
 from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
-from longctx_jax.training.metrics import CompositeWriter, make_writer
+from longctx_jax.training.metrics import METRICS_FILE, CompositeWriter, make_writer, read_records
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import TrainState, init_state
 from longctx_jax.training.step import make_train_step
@@ -145,6 +145,8 @@ class _Run:
             resume_step=self.step,
             run_config=config.to_dict(),
         )
+        kept = [r["seconds"] for r in read_records(self.workdir / METRICS_FILE) if "seconds" in r]
+        self.window.total_s = kept[-1] if kept else 0.0
         train_step = make_train_step(
             self.model,
             self.tx,

@@ -86,6 +86,8 @@ def test_ten_and_ten_are_twenty(undisturbed, tmp_path, splits):
     run(tmp_path, splits, train__n_steps=10, **OPTIONS)
     run(tmp_path, splits, train__n_steps=20, **OPTIONS)
     assert_same_state(state_of(tmp_path, **OPTIONS), state_of(undisturbed, **OPTIONS))
+    seconds = [r["seconds"] for r in read_records(tmp_path / "metrics.jsonl") if "seconds" in r]
+    assert seconds == sorted(seconds)  # a resumed run counts on
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

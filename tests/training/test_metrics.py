@@ -137,7 +137,7 @@ def test_composite_closes_all_writers_when_one_fails():
 
 def test_missing_wandb_names_the_extra_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r'pip install "longctx_jax\[wandb\]"'):
+    with pytest.raises(ImportError, match="make venv EXTRAS=wandb"):
         metrics.make_writer(tmp_path, wandb=True)
     assert not list(tmp_path.iterdir())
 
