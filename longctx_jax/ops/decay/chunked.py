@@ -1,91 +1,43 @@
-"""The chunkwise form (Lightning Attention-2, RetNet, SSD): quadratic in chunks, recurrent between.
+"""The chunked form of Lightning Attention-2: one walk over chunks forwards, walks for gradients.
 
-For a chunk of c tokens with local index i and state S before it, a_i = lambda^(i+1) (read) and
-b_i = lambda^(c-1-i) (write):
+The walk is that of `block.py`; here its reverse-mode rule is the operator itself (`linear_vjp.py`),
+so that neither scores nor states are kept for the backward pass.
 
-    O  = scale [ ((Q K^T) o M) V + a . (Q S) ],   M_ij = lambda^(i-j) for i >= j
-    S' = lambda^c S + (b . K)^T V
-
-All chunks compute their products at once; only the cheap recurrence over S is sequential.
+Source: Qin et al. (2024), arXiv 2401.04658.
 """
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import functools
 
-from longctx_jax.ops.decay.powers import accumulator, decay_power, document_index, initial_state
+from longctx_jax.ops.decay.block import walk_blocks
+from longctx_jax.ops.decay.linear_vjp import differentiable
+from longctx_jax.ops.decay.two_pass import CHUNK_LEN
 from longctx_jax.typing import Array, Bool, Float
-
-CHUNK_LEN = 64  # tokens
 
 
 def decay_attention_chunked(
     query: Float[Array, "batch seq heads key"],
     key: Float[Array, "batch seq heads key"],
     value: Float[Array, "batch seq heads value"],
-    log_decay: Float[Array, " heads"],
+    log_decay: Float[Array, " heads"] | Float[Array, "batch seq heads"],
     state: Float[Array, "batch heads key value"] | None = None,
     *,
-    reset: Bool[Array, "batch seq"] | None = None,
+    reset: Bool[Array, "batch seq #heads"] | None = None,
     scale: float,
     chunk_len: int = CHUNK_LEN,
 ) -> tuple[Float[Array, "batch seq heads value"], Float[Array, "batch heads key value"]]:
     """Returns (out, state) as `decay_attention`, for any seq (the last chunk may be short).
 
-    Matrix-product inputs stay in the input dtype, sums and states in float32.
-
-    Cost: 2 batch heads seq (chunk_len (key + value) + 2 key value) flops; memory
-        seq (chunk_len + key value / chunk_len) a head; seq / chunk_len sequential steps.
+    Cost: 2 batch heads seq (chunk_len (key + value) + 2 key value) flops, three times that
+    backwards; seq / chunk_len sequential steps; memory of the backward pass: the inputs alone.
     """
-    dtype = accumulator(query, value)
-    batch, seq, heads, _ = query.shape
-    chunk = min(chunk_len, seq)
-    n_chunks = -(-seq // chunk)
-
-    def split(x):  # [batch, seq, ...] -> [batch, n_chunks, chunk, ...], zeros at the end
-        pad = [(0, 0), (0, n_chunks * chunk - seq)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, pad).reshape(batch, n_chunks, chunk, *x.shape[2:])
-
-    q, k, v = split(query), split(key), split(value)
-    lengths = np.minimum(chunk, seq - chunk * np.arange(n_chunks))  # tokens in each chunk
-    time = np.arange(chunk)
-    decay = decay_power(log_decay, jnp.asarray(time[:, None] - time[None, :]))[None, None]
-    read = decay_power(log_decay, jnp.asarray(time + 1))[None, None]  # [1, 1, heads, chunk]
-    write = decay_power(log_decay, jnp.asarray(lengths[:, None] - 1 - time))  # [heads, n, chunk]
-    write = jnp.moveaxis(write, 0, 1)[None]  # [1, n, heads, chunk]; 0 on padding
-    forget = jnp.moveaxis(decay_power(log_decay, jnp.asarray(lengths)), 0, 1)[None]  # [1, n, heads]
-    if reset is not None:
-        document = document_index(split(reset))  # padding continues the last document
-        is_first = document == 0
-        decay = decay * (document[..., :, None] == document[..., None, :])[:, :, None]
-        read = read * is_first[:, :, None]
-        write = write * (document == document[..., -1:])[:, :, None]
-        forget = forget * is_first[:, :, -1, None]
-
-    def product(spec, *operands):
-        return jnp.einsum(spec, *operands, preferred_element_type=dtype)
-
-    scores = product("bnthk,bnshk->bnhts", q, k) * decay
-    out = product("bnhts,bnshv->bnthv", scores.astype(v.dtype), v)
-    k = (k * jnp.moveaxis(write, 2, 3)[..., None]).astype(key.dtype)
-    added = product("bnshk,bnshv->bnhkv", k, v)
-    state, before = _states_before_chunks(initial_state(query, value, state), added, forget)
-    read = jnp.moveaxis(read, 2, 3)[..., None]
-    out += read * product("bnthk,bnhkv->bnthv", q, before.astype(q.dtype))
-    out = out.reshape(batch, n_chunks * chunk, heads, -1)[:, :seq]
-    return (scale * out).astype(value.dtype), state
+    return _run(chunk_len)(query, key, value, log_decay, state, reset, scale)
 
 
-def _states_before_chunks(state, added, forget):
-    """Runs S <- forget S + added over chunks; returns the last S and every S before its chunk."""
-    if added.shape[1] == 1:  # the usual case in a short window: no loop
-        return forget[:, 0, :, None, None] * state + added[:, 0], state[:, None]
-    forget = jnp.broadcast_to(forget, added.shape[:3])
+@functools.cache
+def _run(chunk_len: int):
+    def walk(x, y, z, log_decay, state, *, out_dtype, **options):
+        options["chunk_len"] = chunk_len
+        out, last = walk_blocks(x, y, z, log_decay, state, out_dtype=out_dtype, **options)
+        return out, last
 
-    def step(state, chunk):
-        added, forget = chunk
-        return forget[..., None, None] * state + added, state
-
-    chunks = (jnp.moveaxis(added, 1, 0), jnp.moveaxis(forget, 1, 0))
-    state, before = jax.lax.scan(step, state, chunks)
-    return state, jnp.moveaxis(before, 0, 1)
+    return differentiable(walk)

@@ -2,56 +2,104 @@
 
 import dataclasses
 import functools
+import importlib
+import math
+from typing import Any
 
-from longctx_jax.ops.decay.chunked import CHUNK_LEN, decay_attention_chunked
-from longctx_jax.ops.decay.recurrent import decay_attention_recurrent
-from longctx_jax.ops.decay.reference import decay_attention_reference
-from longctx_jax.ops.dispatch import Implementation, choose, platform
+import jax.numpy as jnp
+from absl import logging
+
+from longctx_jax.ops.decay import (
+    block,
+    causal_dot_product,
+    chunked,
+    cost,
+    fleet,
+    prefix,
+    quadratic,
+    recurrent,
+    recursion,
+    reference,
+    table,
+    two_pass,
+)
+from longctx_jax.ops.decay.facts import Facts, facts_of
+from longctx_jax.ops.decay.linear_vjp import share_heads
+from longctx_jax.ops.decay.powers import separate_resets
+from longctx_jax.ops.dispatch import Implementation, choose
 from longctx_jax.typing import Array, Bool, Float
 
+CHUNK_LEN = two_pass.CHUNK_LEN  # tokens
 
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    platform: str
-    dtype: str
-    batch: int
-    seq: int
-    heads: int
-    d_key: int
-    d_value: int
+
+def _leaf(module: str, function: str):
+    """Returns a function of a kernel file that is imported when first called."""
+
+    def call(*args, **kwargs):
+        loaded = importlib.import_module(f"longctx_jax.ops.decay.{module}")
+        return getattr(loaded, function)(*args, **kwargs)
+
+    return call
+
+
+IMPLEMENTATIONS = (
+    Implementation("two_pass", two_pass.decay_attention_two_pass),
+    Implementation("chunked", chunked.decay_attention_chunked),
+    Implementation("block", block.decay_attention_block),
+    Implementation("prefix", prefix.decay_attention_prefix),
+    Implementation("quadratic", quadratic.decay_attention_quadratic),
+    Implementation("recurrent", recurrent.decay_attention_recurrent),
+    Implementation(
+        "causal_dot_product", causal_dot_product.decay_attention_causal_dot_product
+    ),
+    Implementation("recursion", recursion.decay_attention_recursion),
+    Implementation("fleet", fleet.decay_attention_fleet),
+    Implementation("reference", reference.decay_attention_reference),
+)
+CHUNKED = ("two_pass", "chunked", "block", "prefix", "recursion")  # take chunk_len
+KERNELS = ("pallas_triton", "pallas_mosaic_gpu")  # share heads themselves
 
 
 def decay_attention(
-    query: Float[Array, "batch seq heads key"],
-    key: Float[Array, "batch seq heads key"],
-    value: Float[Array, "batch seq heads value"],
-    log_decay: Float[Array, " heads"],
-    state: Float[Array, "batch heads key value"] | None = None,
+    query: Float[Array, "batch seq query_heads key"],
+    key: Float[Array, "batch seq key_heads key"],
+    value: Float[Array, "batch seq value_heads value"],
+    log_decay: Float[Array, " heads"] | Float[Array, "batch seq heads"],
+    state: Float[Array, "batch state_heads key value"] | None = None,
     *,
     reset: Bool[Array, "batch seq"] | None = None,
     scale: float | None = None,
     chunk_len: int = CHUNK_LEN,
+    for_training: bool = True,
     implementation: str = "auto",
-) -> tuple[Float[Array, "batch seq heads value"], Float[Array, "batch heads key value"]]:
+) -> tuple[
+    Float[Array, "batch seq state_heads value"], Float[Array, "batch state_heads key value"]
+]:
     """Returns exponentially decaying causal linear attention and the state after the last token.
 
     Args:
-        query: [batch, seq, heads, key].
+        query: [batch, seq, heads, key]. The number of heads of the result is the largest among
+            query, key, value and log_decay; the others must divide it, and each of their heads
+            serves a run of neighbours (key and value of grouped-query attention; query and key of
+            state-space duality).
         key: as query.
         value: its width may differ.
-        log_decay: log of the factor a head's memory keeps per token, <= 0; 0 never forgets, -inf
-            keeps the current token only.
+        log_decay: log of the factor that memory keeps per token, <= 0: 0 never forgets, -inf keeps
+            the current token only. One constant a head, or [batch, seq, heads]: the factor between
+            the token before and this one, e.g. a gate.
         state: S before the first token; None = zeros.
         reset: True where a token starts a new document: what came before is forgotten.
         scale: None = 1/sqrt(key width).
-        chunk_len: tokens a chunk of the chunked form.
-        implementation: "auto", "chunked", "recurrent" or "reference".
+        chunk_len: tokens a chunk of the forms that have chunks and are not kernels.
+        for_training: what "auto" minimises: forward and backward time, or the forward alone.
+        implementation: "auto" or a name in `IMPLEMENTATIONS`; all give the same result.
 
     Returns:
         out in the dtype of value; state [batch, heads, key, value], float32 (float64 for float64).
 
     Raises:
-        ValueError: unknown implementation, or chunk_len < 1.
+        ValueError: unknown implementation, chunk_len < 1, or shapes that contradict each other.
+        NotImplementedError: if the named implementation cannot run, with the reason.
 
     Source: Wang et al. (2025), arXiv 2501.02573, for the family; see each algorithm's file.
     """
@@ -59,23 +107,139 @@ def decay_attention(
         raise ValueError(
             f"chunk_len must be at least 1: got {chunk_len}; set config.model.decay.chunk_len"
         )
-    batch, seq, heads, d_key = query.shape
-    facts = _Facts(platform(), str(query.dtype), batch, seq, heads, d_key, value.shape[-1])
-    chosen = choose("decay_attention", IMPLEMENTATIONS, implementation, facts)
+    facts = facts_of(query, key, value, log_decay, for_training)
+    name = implementation
+    if name == "auto":
+        name = _choose_automatically(facts)
+    chosen = choose("decay_attention", IMPLEMENTATIONS, name, facts)
     run = chosen.run
-    if chosen.name == "chunked":
+    if chosen.name in CHUNKED:
         run = functools.partial(run, chunk_len=chunk_len)
-    scale = d_key**-0.5 if scale is None else scale
-    out, last = run(query, key, value, log_decay, state, reset=reset, scale=scale)
+    if chosen.name not in KERNELS:
+        query, key, value = (share_heads(x, facts.heads) for x in (query, key, value))
+    if log_decay.shape[-1] != facts.heads:
+        log_decay = jnp.repeat(log_decay, facts.heads // log_decay.shape[-1], axis=-1)
+    log_decay, resets = separate_resets(log_decay, None if reset is None else reset[..., None])
+    scale = 1 / math.sqrt(facts.d_key) if scale is None else scale
+    out, last = run(query, key, value, log_decay, state, reset=resets, scale=scale)
     return out.astype(value.dtype), last
 
 
-def _recurrent_unattractive(facts: _Facts) -> str:
-    return "" if facts.seq == 1 else "one sequential step a token"
+def decay_attention_step(
+    query: Float[Array, "batch query_heads key"],
+    key: Float[Array, "batch key_heads key"],
+    value: Float[Array, "batch value_heads value"],
+    log_decay: Float[Array, " heads"] | Float[Array, "batch heads"],
+    state: Float[Array, "batch state_heads key value"],
+    *,
+    reset: Bool[Array, " batch"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "batch state_heads value"], Float[Array, "batch state_heads key value"]]:
+    """Advances one token: S <- decay S + k v^T, out = scale S^T q.
+
+    Args:
+        query: of one token, [batch, heads, key]; heads may be shared as in `decay_attention`.
+        key: as query.
+        value: [batch, heads, value].
+        log_decay: [heads], or of this token [batch, heads].
+        state: S after the token before, float32 (float64 for float64 input).
+        reset: rows whose token starts a new document; their S is cleared first.
+        scale: None = 1/sqrt(key width).
+
+    Returns:
+        out in the dtype of value, and the new state.
+
+    Cost: 6 batch heads key value flops; reads and writes the state once.
+    """
+    heads = state.shape[1]
+    query, key, value = (share_heads(x[:, None], heads)[:, 0] for x in (query, key, value))
+    if log_decay.shape[-1] != heads:
+        log_decay = jnp.repeat(log_decay, heads // log_decay.shape[-1], axis=-1)
+    reset = None if reset is None else reset[:, None]
+    return recurrent.step(query, key, value, log_decay, state, reset=reset, scale=scale)
 
 
-IMPLEMENTATIONS = (
-    Implementation("recurrent", decay_attention_recurrent, unattractive=_recurrent_unattractive),
-    Implementation("chunked", decay_attention_chunked),
-    Implementation("reference", decay_attention_reference),
-)
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One form in the eyes of "auto".
+
+    Attributes:
+        ms: expected time, or None where it cannot run.
+        source: "measured", "modelled", or why it cannot run.
+    """
+
+    name: str
+    ms: float | None
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What "auto" takes for a call, and what it thinks of every form, best first."""
+
+    facts: Facts
+    chosen: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        """Returns a table, the chosen form marked."""
+        lines = [", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.facts).items())]
+        for c in self.candidates:
+            mark = "->" if c.name == self.chosen else "  "
+            time = "" if c.ms is None else f"{c.ms:.4g} ms"
+            lines.append(f"{mark} {c.name:20} {time:>12}  {c.source}")
+        return "\n".join(lines)
+
+
+def explain(
+    query: Any, key: Any, value: Any, log_decay: Any, *, for_training: bool = True
+) -> Explanation:
+    """Returns what `decay_attention(..., implementation="auto")` takes for these arguments, and why.
+
+    Args:
+        query: array or `jax.ShapeDtypeStruct`, as are the others; see `decay_attention`.
+        key: as query.
+        value: as query.
+        log_decay: as query.
+        for_training: as in `decay_attention`.
+
+    Returns:
+        An `Explanation`; print it.
+    """
+    return explain_facts(facts_of(query, key, value, log_decay, for_training))
+
+
+@functools.cache
+def explain_facts(facts: Facts) -> Explanation:
+    """Returns the explanation for given facts: a pure function of them and the recorded table."""
+    row = table.nearest_row(facts, table.load_table(facts.device))
+    measured = {} if row is None else row["training_ms" if facts.for_training else "forward_ms"]
+    able, unable = [], []
+    for implementation in IMPLEMENTATIONS:
+        if reason := implementation.unsupported(facts) or implementation.unattractive(facts):
+            unable.append(Candidate(implementation.name, None, f"passed over: {reason}"))
+        elif implementation.name in measured:
+            where = f"measured at batch={row['batch']} heads={row['heads']} seq={row['seq']}"
+            able.append(Candidate(implementation.name, measured[implementation.name], where))
+        else:
+            ms = 1e3 * cost.seconds(implementation.name, facts)
+            able.append(Candidate(implementation.name, ms, "modelled"))
+    # Measured forms first: a measurement and a model do not share a clock.
+    able.sort(key=lambda c: (c.source == "modelled", c.ms))
+    return Explanation(facts, able[0].name, (*able, *unable))
+
+
+@functools.cache
+def _choose_automatically(facts: Facts) -> str:
+    explanation = explain_facts(facts)
+    best, *others = explanation.candidates
+    rest = ", ".join(f"{c.name}: {c.source if c.ms is None else f'{c.ms:.3g} ms'}" for c in others)
+    logging.info(
+        "op=decay_attention implementation=%s because=%.3g ms, %s; facts=%s; others=%s",
+        best.name,
+        best.ms,
+        best.source,
+        facts,
+        rest,
+    )
+    return explanation.chosen

@@ -1,0 +1,96 @@
+"""What each form of decay attention should cost on a device: floating-point work, bytes, steps.
+
+    time = max(flops / rate, bytes / bandwidth) / utilisation + steps * latency + launches * overhead
+
+A model, meant to order the forms where nothing has been measured (`table.py` has measurements); its
+constants are round numbers of a device class, not of one machine. docs/decay.md derives the counts.
+"""
+
+import dataclasses
+
+from longctx_jax.ops.decay.facts import Facts
+
+CHUNK_LEN = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Round numbers of a class of devices."""
+
+    matrix_flops: float  # a second, in the 16-bit matrix units
+    matrix_flops_32: float  # a second, float32 products as XLA runs them
+    vector_flops: float  # a second
+    bandwidth: float  # bytes a second
+    step_s: float  # one step of an XLA loop: its kernels' launches
+    walk_s: float  # one chunk of a fused kernel's loop: the latency of its chain of products
+    n_units: int  # multiprocessors or cores
+
+
+DEVICES = {
+    "gpu": Device(500e12, 250e12, 50e12, 3e12, 12e-6, 1.7e-6, 132),
+    "tpu": Device(300e12, 50e12, 10e12, 1.5e12, 5e-6, 1e-6, 1),
+    "cpu": Device(5e10, 5e10, 1e10, 1e10, 5e-6, 5e-6, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of the forward pass; the backward pass of every form is two to three times it."""
+
+    matrix_flops: float
+    vector_flops: float
+    bytes: float
+    steps: float  # sequential steps of an XLA loop
+    walk: float = 0.0  # chunks a block of a fused kernel walks
+    n_blocks: float = 1e9  # independent blocks of a fused kernel
+
+
+def cost(name: str, facts: Facts) -> Cost:
+    """Returns the counts of one form's forward pass.
+
+    Raises:
+        KeyError: if the form has no model.
+    """
+    n = float(facts.batch * facts.heads * facts.seq)
+    k, v, seq = facts.d_key, facts.d_value, facts.seq
+    item = 2 if facts.dtype == "bfloat16" else 4
+    chunk = min(CHUNK_LEN, seq)
+    n_chunks = -(-seq // chunk)
+    ends = n * item * (2 * k + 2 * v)  # query, key, value in, output out: every form moves these
+    tiles = 2 * n * chunk * (k + v) + 4 * n * k * v  # flops of a chunked form
+    states = 4 * n * k * v / chunk  # bytes of one float32 state a chunk
+    scores = n * chunk * (4 + 4 + item)  # scores, mask and cast scores through memory
+    squares = n * seq * (4 + 4 + item)
+    log_chunks = max(n_chunks - 1, 1).bit_length()
+    # A block of 64 value columns; few rows are cut into segments, which reads key and value twice.
+    rows = facts.batch * facts.heads * -(-v // 64)
+    n_segments = max(1, min(16, 264 // rows, n_chunks // 4)) if rows < 132 else 1
+    twice = n * item * (k + v) if n_segments > 1 else 0.0
+    kernel = Cost(tiles, 0, ends + twice, 0, n_chunks / n_segments, rows * n_segments)
+    return {
+        "reference": Cost(0, 2 * n * seq * (k + v) + 4 * n * k * v, ends + 3 * squares, 0),
+        "quadratic": Cost(2 * n * seq * (k + v) + 4 * n * k * v, 0, ends + squares, 0),
+        "recurrent": Cost(0, 6 * n * k * v, ends + 8 * n * k * v, seq),
+        "causal_dot_product": Cost(0, 6 * n * k * v, ends + 8 * n * k * v, seq),
+        "block": Cost(tiles, 0, ends + scores, 3 * n_chunks),
+        "chunked": Cost(tiles, 0, ends + scores, 3 * n_chunks),
+        "recursion": Cost(tiles + 2 * n * k * v * log_chunks, 0, ends * log_chunks + scores, 0),
+        "fleet": Cost(0, 8 * n * k * v, 12 * n * k * v, k * 2 * seq.bit_length()),
+        "prefix": Cost(tiles, 0, ends + scores + 8 * states, 2 * log_chunks),
+        "two_pass": Cost(tiles, 0, ends + scores + 4 * states, n_chunks),
+        "pallas_triton": kernel,
+        "pallas_mosaic_gpu": kernel,
+    }[name]
+
+
+def seconds(name: str, facts: Facts) -> float:
+    """Returns the modelled time of a call, with its backward pass if facts.for_training."""
+    device = DEVICES.get(facts.platform, DEVICES["cpu"])
+    c = cost(name, facts)
+    rate = device.matrix_flops if facts.dtype == "bfloat16" else device.matrix_flops_32
+    work = c.matrix_flops / rate + c.vector_flops / device.vector_flops
+    time = max(work, c.bytes / device.bandwidth) + c.steps * device.step_s
+    if c.walk:  # blocks beyond what the device holds at once take turns
+        waves = max(1.0, c.n_blocks / (2 * device.n_units))
+        time = max(time, c.walk * device.walk_s * waves)
+    return (4 if facts.for_training else 1) * time + 5e-6

@@ -1,0 +1,75 @@
+"""What the choice of an algorithm may depend on: static facts of one call."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Shapes, dtype and device of a call, hashable.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        device: its kind as jax names it, e.g. "NVIDIA H200".
+        dtype: of query, key and value.
+        is_per_token: the decay differs from token to token.
+        for_training: the time of forward and backward pass counts, not of the forward pass alone.
+    """
+
+    platform: str
+    device: str
+    dtype: str
+    batch: int
+    seq: int
+    heads: int
+    d_key: int
+    d_value: int
+    is_per_token: bool = False
+    for_training: bool = True
+
+
+def facts_of(query: Any, key: Any, value: Any, log_decay: Any, for_training: bool) -> Facts:
+    """Returns the facts of a call with these arrays, or anything with their shapes and dtypes.
+
+    Raises:
+        ValueError: if a number of heads does not divide the largest one, or shapes contradict.
+    """
+    counts = {
+        "query": query.shape[2],
+        "key": key.shape[2],
+        "value": value.shape[2],
+        "log_decay": log_decay.shape[-1],
+    }
+    heads = max(counts.values())
+    for name, count in counts.items():
+        if heads % count:
+            raise ValueError(
+                f"decay_attention: every number of heads must divide the largest, {heads}: "
+                f"{name} has {count}; repeat or regroup the heads of {name}"
+            )
+    if len({x.shape[:2] for x in (query, key, value)}) != 1 or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            "decay_attention: query and key must be [batch, seq, heads, key] and value "
+            f"[batch, seq, heads, value]: got {query.shape}, {key.shape}, {value.shape}; "
+            "time comes before heads"
+        )
+    if len(log_decay.shape) not in (1, 3) or log_decay.shape[:-1] not in ((), query.shape[:2]):
+        raise ValueError(
+            "decay_attention: log_decay must be [heads] or [batch, seq, heads]: got "
+            f"{log_decay.shape} with query {query.shape}; it is the log of the factor kept per token"
+        )
+    device = jax.devices()[0] if jax.config.jax_default_device is None else None
+    return Facts(
+        platform=jax.default_backend(),
+        device=device.device_kind if device is not None else jax.default_backend(),
+        dtype=str(query.dtype),
+        batch=query.shape[0],
+        seq=query.shape[1],
+        heads=heads,
+        d_key=query.shape[3],
+        d_value=value.shape[3],
+        is_per_token=len(log_decay.shape) == 3,
+        for_training=for_training,
+    )
