@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import contextlib
 import functools
 
 import jax
@@ -69,3 +70,22 @@ def assert_close(actual, expected, *, rel_rms: float, max_abs: float | None = No
     if max_abs is not None:
         worst = np.max(np.abs(error), initial=0.0)
         assert worst <= max_abs, f"largest error {worst:.3e} > {max_abs:.1e}"
+
+
+def lower_for_cuda(function, *arguments) -> str:
+    """Returns the text of function lowered for an H200, on a machine without one.
+
+    Args:
+        function: to be jitted and lowered.
+        *arguments: `jax.ShapeDtypeStruct`s or None.
+    """
+    mesh = contextlib.nullcontext()
+    fields = {"device_kind": "NVIDIA H200", "num_cores": 132}
+    if jax.__version_info__ >= (0, 11):  # the older one takes the newest device by itself
+        device = jax.sharding.AbstractDevice(**fields, platform="gpu")
+        types = (jax.sharding.AxisType.Auto,)
+        abstract = jax.sharding.AbstractMesh((1,), ("x",), types, abstract_device=device)
+        mesh = jax.sharding.use_abstract_mesh(abstract)
+    with mesh:
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.as_text()

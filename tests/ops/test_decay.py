@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx_jax.ops.decay import decay_attention, decay_attention_step
-from longctx_jax.ops.decay.select import IMPLEMENTATIONS
+from longctx_jax.ops.decay import decay_attention, decay_attention_step, explain
+from longctx_jax.ops.decay.facts import Facts
+from longctx_jax.ops.decay.select import IMPLEMENTATIONS, explain_facts
 from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
 
-FORMS = [implementation.name for implementation in IMPLEMENTATIONS]
+KERNELS = ("pallas_triton", "pallas_mosaic_gpu")  # test_decay_triton.py, test_decay_mosaic.py
+FORMS = [i.name for i in IMPLEMENTATIONS if i.name not in KERNELS]
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12, "bfloat16": 5e-3}  # seen: 4e-7, 6e-16, 3e-3
 GRADIENT_TOLERANCE = {"float32": 2e-6, "float64": 1e-11, "bfloat16": 1e-2}
 
@@ -29,27 +31,36 @@ SHAPES = {
     "chunk_over_seq": (1, 7, 2, 3, 9, True, (0,)),
 }
 LOG_DECAYS = np.array([np.log(0.9), np.log(0.5), 0.0, -np.inf])
-# The other cases are slow only because each compiles its own program.
+MAIN = ("two_pass", "chunked")  # what "auto" takes without a GPU; the others are mostly slow tests
+HAVE_CHUNKS = (*MAIN, "block", "prefix", "recursion")
 FAST = {
-    "reference": ("chunk_plus_1",),
-    "recurrent": ("chunk_plus_1",),
-    "chunked": ("one_token", "chunk_minus_1", "chunk_plus_1", "chunks_of_1", "chunk_over_seq"),
+    "two_pass": ("one_token", "chunk_minus_1", "chunks_of_1", "chunk_over_seq"),
+    "chunked": ("one_token", "chunk_plus_1"),
 }
+
+
+def case(form, *rest, is_fast):
+    """One test case; those that are not fast are slow only because each compiles a program."""
+    name = "-".join(map(str, (form, *rest)))
+    return pytest.param(form, *rest, id=name, marks=() if is_fast else pytest.mark.slow)
+
+
 CASES = [
-    pytest.param(
-        form,
-        shape,
-        id=f"{form}-{shape}",
-        marks=() if shape in FAST[form] else pytest.mark.slow,
-    )
+    case(form, shape, per_token, is_fast=shape == "chunks_of_3" or is_main and not per_token)
     for form in FORMS
     for shape in SHAPES
-    if form == "chunked" or not shape.startswith("chunks_of_1")
+    for per_token in ("constant", "per_token")
+    for is_main in [shape in FAST.get(form, ())]
+    if form in HAVE_CHUNKS or not shape.startswith("chunks_of_1")
 ]
+MOSTLY_SLOW = [case(form, is_fast=form in MAIN) for form in FORMS]
 
 
-def make_inputs(shape, log_decays=LOG_DECAYS):
-    """Returns float64 (query, key, value, log_decay, state), reset, chunk_len and cotangents."""
+def make_inputs(shape, log_decays=LOG_DECAYS, kind="constant"):
+    """Returns float64 (query, key, value, log_decay, state), reset, chunk_len and cotangents.
+
+    Per-token decays are log_decays (without -inf) times random factors, and -inf here and there.
+    """
     batch, seq, d_key, d_value, chunk_len, has_state, resets = SHAPES[shape]
     heads, seed = len(log_decays), zlib.crc32(shape.encode())
     q = make_normal(seed, batch, seq, heads, d_key)
@@ -59,31 +70,38 @@ def make_inputs(shape, log_decays=LOG_DECAYS):
     reset = np.zeros((batch, seq), bool)
     reset[-1, list(resets)] = True  # other rows run on
     cotangents = make_normal(seed + 4, *v.shape), make_normal(seed + 5, *state.shape)
+    if kind == "per_token":
+        factors = np.abs(make_normal(seed + 6, batch, seq, heads)) * 3
+        log_decays = factors * np.maximum(log_decays, -20.0)
+        log_decays[:, seq // 2, 1] = -np.inf
     return (q, k, v, log_decays, state), reset if resets else None, chunk_len, cotangents
 
 
 def loop(arrays, reset, cotangents=None):
     """The token recurrence in numpy, and its backward pass: (out, state), gradients of arrays."""
     q, k, v, log_decay, state = (np.asarray(x, np.float64) for x in arrays)
-    seq, scale, decay = q.shape[1], q.shape[-1] ** -0.5, np.exp(log_decay)[:, None, None]
+    seq, scale = q.shape[1], q.shape[-1] ** -0.5
     keep = np.ones(q.shape[:2]) if reset is None else 1.0 - np.asarray(reset)
-    keep = keep[:, :, None, None, None]
+    keep = np.exp(log_decay) * keep[:, :, None] * np.ones(q.shape[:3])
+    keep = keep[..., None, None]
     out, states = np.zeros(v.shape), [state]
     for t in range(seq):
         update = k[:, t, :, :, None] * v[:, t, :, None, :]
-        states.append(keep[:, t] * decay * states[-1] + update)
+        states.append(keep[:, t] * states[-1] + update)
         out[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], states[-1])
     if cotangents is None:
         return out, states[-1]
     d_out, d_state = cotangents
-    d_q, d_k, d_v, d_log_decay = (np.zeros(x.shape) for x in (q, k, v, log_decay))
+    d_q, d_k, d_v, d_log_decay = (np.zeros(x.shape) for x in (q, k, v, keep[..., 0, 0]))
     for t in reversed(range(seq)):
         d_q[:, t] = scale * np.einsum("bhv,bhkv->bhk", d_out[:, t], states[t + 1])
         d_state = d_state + scale * q[:, t, :, :, None] * d_out[:, t, :, None, :]
         d_k[:, t] = np.einsum("bhkv,bhv->bhk", d_state, v[:, t])
         d_v[:, t] = np.einsum("bhkv,bhk->bhv", d_state, k[:, t])
-        d_log_decay += np.sum(d_state * keep[:, t] * decay * states[t], axis=(0, 2, 3))
-        d_state = keep[:, t] * decay * d_state
+        d_log_decay[:, t] = np.sum(d_state * keep[:, t] * states[t], axis=(2, 3))
+        d_state = keep[:, t] * d_state
+    if log_decay.ndim == 1:
+        d_log_decay = np.sum(d_log_decay, axis=(0, 1))
     return (out, states[-1]), (d_q, d_k, d_v, d_log_decay, d_state)
 
 
@@ -107,18 +125,19 @@ def value_and_gradients(form, arrays, reset, chunk_len, cotangents, dtype):
     return run(arrays, jax.tree.map(jnp.asarray, cotangents))
 
 
-@pytest.mark.parametrize(("form", "shape"), CASES)
-def test_values_and_gradients(form, shape):
-    arrays, reset, chunk_len, cotangents = make_inputs(shape)
+@pytest.mark.parametrize(("form", "shape", "kind"), CASES)
+def test_values_and_gradients(form, shape, kind):
+    arrays, reset, chunk_len, cotangents = make_inputs(shape, kind=kind)
     expected = loop(arrays, reset, cotangents)
     actual = value_and_gradients(form, arrays, reset, chunk_len, cotangents, "float32")
     assert_trees_close(actual[0], expected[0], rel_rms=TOLERANCE["float32"])
     assert_trees_close(actual[1], expected[1], rel_rms=GRADIENT_TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_float64(form):
-    arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3")
+@pytest.mark.parametrize("kind", ["constant", "per_token"])
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
+def test_float64(form, kind):
+    arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3", kind=kind)
     expected = loop(arrays, reset, cotangents)
     with jax.enable_x64(True):
         actual = value_and_gradients(form, arrays, reset, chunk_len, cotangents, "float64")
@@ -127,9 +146,10 @@ def test_float64(form):
     assert_trees_close(actual[1], expected[1], rel_rms=GRADIENT_TOLERANCE["float64"])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16(form):
-    arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3")
+@pytest.mark.parametrize("kind", ["constant", "per_token"])
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
+def test_bfloat16(form, kind):
+    arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3", kind=kind)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays[:3]]
     arrays = (*rounded, *arrays[3:])
     expected = loop(arrays, reset, cotangents)
@@ -142,7 +162,7 @@ def test_bfloat16(form):
     assert_trees_close(gradients, expected[1], rel_rms=GRADIENT_TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
 def test_strong_and_no_decay_over_a_long_sequence(form, monkeypatch):
     monkeypatch.setitem(SHAPES, "long", (1, 300, 2, 2, 64, True, (77,)))
     arrays, reset, chunk_len, cotangents = make_inputs("long", np.array([-8.0, 0.0, -np.inf]))
@@ -152,7 +172,7 @@ def test_strong_and_no_decay_over_a_long_sequence(form, monkeypatch):
     assert_trees_close(actual[1], expected[1], rel_rms=5e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
 def test_no_state_is_a_zero_state(form):
     (q, k, v, log_decay, state), _, _, _ = make_inputs("chunks_of_3")
     arrays = [jnp.float32(x) for x in (q, k, v, log_decay)]
@@ -170,7 +190,7 @@ def jitted(form):
     return jax.jit(lambda arrays, reset: run(*arrays, reset=reset))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
 @given(st.lists(st.booleans(), min_size=14, max_size=14))
 @settings(deadline=None, max_examples=25)
 def test_resets_anywhere(form, resets):
@@ -184,7 +204,7 @@ def test_resets_anywhere(form, resets):
     assert_trees_close(actual, loop(arrays, reset), rel_rms=TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
 @given(st.lists(st.sampled_from([1, 3, 8]), min_size=1, max_size=6))
 @settings(deadline=None, max_examples=15)
 def test_calls_chain(form, lengths):
@@ -205,6 +225,62 @@ def test_calls_chain(form, lengths):
     assert_close(state, expected[1], rel_rms=TOLERANCE["float32"])
 
 
+HEADS = {"grouped_query": (4, 2, 2, 4), "state_space": (1, 1, 4, 4), "one_decay": (4, 4, 4, 1)}
+
+
+@pytest.mark.parametrize("kind", ["constant", "per_token"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_are_shared(heads, kind):
+    (q, k, v, g, state), reset, _, cotangents = make_inputs("chunks_of_3", kind=kind)
+    counts = dict(zip(("q", "k", "v", "g"), HEADS[heads], strict=True))
+    q, k, v = q[:, :, : counts["q"]], k[:, :, : counts["k"]], v[:, :, : counts["v"]]
+    g = g[..., : counts["g"]]
+
+    def repeated(x, axis=2):
+        return np.repeat(x, 4 // x.shape[axis], axis=axis)
+
+    full = (repeated(q), repeated(k), repeated(v), repeated(g, -1), state)
+    expected, gradients = loop(full, reset, cotangents)
+    actual = value_and_gradients("chunked", (q, k, v, g, state), reset, 3, cotangents, "float32")
+    assert_trees_close(actual[0], expected, rel_rms=TOLERANCE["float32"])
+
+    def summed(gradient, n, axis):
+        axis = axis % gradient.ndim
+        shape = (*gradient.shape[:axis], n, -1, *gradient.shape[axis + 1 :])
+        return gradient.reshape(shape).sum(axis + 1)
+
+    axes = (2, 2, 2, -1)
+    expected = [summed(d, n, a) for d, n, a in zip(gradients, counts.values(), axes, strict=False)]
+    assert_trees_close(actual[1][:4], tuple(expected), rel_rms=GRADIENT_TOLERANCE["float32"])
+
+
+def test_strong_decays_cost_the_next_ones_no_digits():
+    """Sums of log decays in the thousands must not blur the small differences after them."""
+    q, k, v = (make_normal(i, 1, 64, 1, 2) for i in range(3))
+    g = np.full((1, 64, 1), -70.3)
+    g[:, 40:] = -1e-3
+    expected = loop((q, k, v, g, np.zeros((1, 1, 2, 2))), None)
+    arrays = [jnp.float32(x) for x in (q, k, v, g)]
+    actual = jax.jit(functools.partial(decay_attention, implementation="two_pass"))(*arrays)
+    assert_close(actual[0][:, 40:], expected[0][:, 40:], rel_rms=TOLERANCE["float32"])
+
+
+def test_decay_gradient_of_constants_in_a_long_sequence():
+    """The operator's own rule sums differences over the whole sequence: they must not drift."""
+    arrays, _, _, cotangents = make_inputs_of((1, 4096, 4, 4), np.log([0.9, 0.99, 0.999]))
+    expected = loop(arrays, None, cotangents)[1][3]
+    actual = value_and_gradients("chunked", arrays, None, 64, cotangents, "float32")[1][3]
+    assert_close(actual, expected, rel_rms=1e-4)  # seen: 2e-5
+
+
+def make_inputs_of(shape, log_decays):
+    SHAPES["made"] = (*shape, 64, True, ())
+    try:
+        return make_inputs("made", log_decays)
+    finally:
+        del SHAPES["made"]
+
+
 def test_steps_equal_the_sequence():
     arrays, reset, _, _ = make_inputs("chunks_of_3")
     expected = loop(arrays, reset)
@@ -218,7 +294,7 @@ def test_steps_equal_the_sequence():
     assert_close(state, expected[1], rel_rms=TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("form", ["chunked", pytest.param("recurrent", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", MOSTLY_SLOW)
 def test_vmap_and_checkpoint_compose(form):
     arrays, _, _, _ = make_inputs("chunks_of_3", LOG_DECAYS[:3])
     arrays = tuple(np.stack([x, 0.5 * x]).astype(np.float32) for x in arrays)
@@ -229,7 +305,7 @@ def test_vmap_and_checkpoint_compose(form):
 
     gradient = jax.grad(jax.checkpoint(loss), argnums=range(5))
     actual = jax.jit(jax.vmap(gradient))(*arrays)
-    for i in range(2):
+    for i in range(2):  # one example after another
         inputs = [np.asarray(x[i], np.float64) for x in arrays]
         out, state = loop(inputs, None)
         by_hand = loop(inputs, None, (2 * out, np.ones(state.shape)))[1]
@@ -248,12 +324,35 @@ def test_every_power_is_exact_at_a_large_distance():
 
 @pytest.mark.parametrize("seq", [1, 2])
 def test_the_automatic_choice(seq):
-    from longctx_jax.ops.decay.select import _Facts
-    from longctx_jax.ops.dispatch import choose
+    facts = Facts("gpu", "no such device", "bfloat16", 8, seq, 4, 64, 64)
+    expected = "recurrent" if seq == 1 else "quadratic"
+    assert explain_facts(facts).chosen == expected
 
-    facts = _Facts("gpu", "bfloat16", 8, seq, 4, 64, 64)
-    expected = "recurrent" if seq == 1 else "chunked"
-    assert choose("decay_attention", IMPLEMENTATIONS, "auto", facts).name == expected
+
+def test_explain_says_what_auto_takes_and_why():
+    x = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.float32)
+    explanation = explain(x, x, x, jax.ShapeDtypeStruct((4,), jnp.float32))
+    text = str(explanation)
+    assert f"-> {explanation.chosen}" in text
+    assert {c.name for c in explanation.candidates} == {i.name for i in IMPLEMENTATIONS}
+    assert "passed over: a GPU kernel, and jax runs on cpu" in text
+    chosen, *others = (c.ms for c in explanation.candidates if c.ms is not None)
+    assert chosen <= min(others)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 4, 4, 2), (1, 4, 3, 2), (1, 4, 4, 2), (4,)), "key has 3; repeat or regroup"),
+        (((1, 4, 4, 2), (1, 4, 4, 2), (1, 5, 4, 2), (4,)), "time comes before heads"),
+        (((1, 4, 4, 2), (1, 4, 4, 3), (1, 4, 4, 2), (4,)), "time comes before heads"),
+        (((1, 4, 4, 2), (1, 4, 4, 2), (1, 4, 4, 2), (4, 4)), r"must be \[heads\] or"),
+    ],
+    ids=["heads", "seq", "widths", "decay"],
+)
+def test_shapes_that_contradict(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        explain(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
 
 
 @pytest.mark.parametrize("chunk_len", [0, -3])

@@ -78,29 +78,40 @@ def make_pieces(
 def chunk_factors(log_decay: jax.Array, pieces: Pieces, chunk_len: int) -> Factors:
     """Returns the factors, forwards in time, of all chunks or of one inside a scan."""
     time = jnp.arange(chunk_len)
-    is_past = time[:, None] >= time[None, :]
+    if pieces.sums is None:
+        decay = decay_power(log_decay, time[:, None] - time[None, :])
+    else:
+        sums = pieces.sums
+        is_past = time[:, None] >= time[None, :]
+        difference = sums.at(..., slice(None), None) - sums.at(..., None, slice(None))
+        decay = jnp.where(is_past, jnp.exp(jnp.where(is_past, difference, 0.0)), 0.0)
+    if pieces.document is not None:
+        decay = decay * (pieces.document[..., :, None] == pieces.document[..., None, :])
+    return Factors(decay, *end_factors(log_decay, pieces, chunk_len))
+
+
+def end_factors(
+    log_decay: jax.Array, pieces: Pieces, chunk_len: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns read, write and forget alone: nothing quadratic in the chunk."""
+    time = jnp.arange(chunk_len)
     if pieces.sums is None:
         length = pieces.length[..., None]
-        decay = decay_power(log_decay, time[:, None] - time[None, :])
         read = decay_power(log_decay, time + 1)
         write = jnp.moveaxis(decay_power(log_decay, length - 1 - time), 0, -2)
         forget = jnp.moveaxis(decay_power(log_decay, pieces.length), 0, -1)
     else:
         sums = pieces.sums
-        last = sums.at(..., slice(-1, None))
-        difference = sums.at(..., slice(None), None) - sums.at(..., None, slice(None))
-        decay = jnp.where(is_past, jnp.exp(jnp.where(is_past, difference, 0.0)), 0.0)
         read = jnp.exp(sums.coarse + sums.fine)
-        write = jnp.exp(last - sums)
+        write = jnp.exp(sums.at(..., slice(-1, None)) - sums)
         forget = read[..., -1]
     if pieces.document is not None:
         document, before = pieces.document, pieces.document_before
         assert before is not None
-        decay = decay * (document[..., :, None] == document[..., None, :])
         read = read * (document == before[..., None])
         write = write * (document == document[..., -1:])
         forget = forget * (document[..., -1] == before)
-    return Factors(decay, read, write, forget)
+    return read, write, forget
 
 
 def backwards(factors: Factors) -> Factors:

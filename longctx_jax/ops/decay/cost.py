@@ -56,11 +56,13 @@ def cost(name: str, facts: Facts) -> Cost:
     item = 2 if facts.dtype == "bfloat16" else 4
     chunk = min(CHUNK_LEN, seq)
     n_chunks = -(-seq // chunk)
-    ends = n * item * (2 * k + 2 * v)  # query, key, value in, output out: every form moves these
+    # Query, key, value in, output out, state in and out: every form moves these.
+    ends = n * item * (2 * k + 2 * v) + 8 * facts.batch * facts.heads * k * v
     tiles = 2 * n * chunk * (k + v) + 4 * n * k * v  # flops of a chunked form
     states = 4 * n * k * v / chunk  # bytes of one float32 state a chunk
     scores = n * chunk * (4 + 4 + item)  # scores, mask and cast scores through memory
     squares = n * seq * (4 + 4 + item)
+    walked = 8 * (n - n / seq) * k * v  # the state in and out of every step but one
     log_chunks = max(n_chunks - 1, 1).bit_length()
     # A block of 64 value columns; few rows are cut into segments, which reads key and value twice.
     rows = facts.batch * facts.heads * -(-v // 64)
@@ -70,8 +72,8 @@ def cost(name: str, facts: Facts) -> Cost:
     return {
         "reference": Cost(0, 2 * n * seq * (k + v) + 4 * n * k * v, ends + 3 * squares, 0),
         "quadratic": Cost(2 * n * seq * (k + v) + 4 * n * k * v, 0, ends + squares, 0),
-        "recurrent": Cost(0, 6 * n * k * v, ends + 8 * n * k * v, seq),
-        "causal_dot_product": Cost(0, 6 * n * k * v, ends + 8 * n * k * v, seq),
+        "recurrent": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0),
+        "causal_dot_product": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0),
         "block": Cost(tiles, 0, ends + scores, 3 * n_chunks),
         "chunked": Cost(tiles, 0, ends + scores, 3 * n_chunks),
         "recursion": Cost(tiles + 2 * n * k * v * log_chunks, 0, ends * log_chunks + scores, 0),

@@ -15,6 +15,7 @@ class Facts:
         device: its kind as jax names it, e.g. "NVIDIA H200".
         dtype: of query, key and value.
         is_per_token: the decay differs from token to token.
+        matmul_precision: jax's default for float32 products when the call is traced.
         for_training: the time of forward and backward pass counts, not of the forward pass alone.
     """
 
@@ -28,6 +29,7 @@ class Facts:
     d_value: int
     is_per_token: bool = False
     for_training: bool = True
+    matmul_precision: str = "default"
 
 
 def facts_of(query: Any, key: Any, value: Any, log_decay: Any, for_training: bool) -> Facts:
@@ -72,4 +74,5 @@ def facts_of(query: Any, key: Any, value: Any, log_decay: Any, for_training: boo
         d_value=value.shape[3],
         is_per_token=len(log_decay.shape) == 3,
         for_training=for_training,
+        matmul_precision=str(jax.config.jax_default_matmul_precision or "default"),
     )

@@ -60,8 +60,8 @@ def decay_power(
 
 
 def separate_resets(
-    log_decay: Float[Array, "*shape"], reset: Bool[Array, "batch seq heads"] | None
-) -> tuple[Float[Array, "*shape"], Bool[Array, "batch seq heads"] | None]:
+    log_decay: Float[Array, "*shape"], reset: Bool[Array, "batch seq _"] | None
+) -> tuple[Float[Array, "*shape"], Bool[Array, "batch seq _"] | None]:
     """Returns per-token log decays free of -inf, and resets that include what was taken out.
 
     Decays of one constant a head stay as they are: products with a distance need no sum.

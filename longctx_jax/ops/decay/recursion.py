@@ -11,7 +11,7 @@ Source: LeetDecoding (Wang et al. 2025, arXiv 2501.02573).
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay.chunks import chunk_factors, make_pieces
+from longctx_jax.ops.decay.chunks import chunk_factors, end_factors, make_pieces
 from longctx_jax.ops.decay.powers import accumulator, initial_state
 from longctx_jax.typing import Array, Bool, Float
 
@@ -54,9 +54,8 @@ def decay_attention_recursion(
     def nodes(x, length):  # [batch, padded, ...] -> [batch, nodes, length, ...]
         return x.reshape(x.shape[0], -1, length, *x.shape[2:])
 
-    def factors(length):
-        pieces = make_pieces(per_token, reset, n_leaves * leaf, length)
-        return chunk_factors(log_decay, pieces, length)
+    def pieces_of(length):
+        return make_pieces(per_token, reset, n_leaves * leaf, length)
 
     def scaled(x, factor):  # factor [batch or 1, nodes, heads, length]
         return (x * jnp.swapaxes(factor, -1, -2)[..., None]).astype(x.dtype)
@@ -65,16 +64,15 @@ def decay_attention_recursion(
         shape = (1, n_leaves * leaf // length, q.shape[2], length)
         return jnp.broadcast_to(factor, jnp.broadcast_shapes(factor.shape, shape))
 
-    within = factors(leaf).decay
+    within = chunk_factors(log_decay, pieces_of(leaf), leaf).decay
     scores = product("bnthk,bnshk->bnhts", nodes(q, leaf), nodes(k, leaf)) * within
     out = product("bnhts,bnshv->bnthv", scores.astype(v.dtype), nodes(v, leaf))
     out = out.reshape(*v.shape[:2], *out.shape[3:])
 
     half = leaf
     while half < n_leaves * leaf:
-        at_half = factors(half)
-        write = broadcast(at_half.write, half)[:, 0::2]
-        read = broadcast(at_half.read, half)[:, 1::2]
+        read, write, _ = end_factors(log_decay, pieces_of(half), half)
+        read, write = broadcast(read, half)[:, 1::2], broadcast(write, half)[:, 0::2]
         left = product(
             "bnshk,bnshv->bnhkv", scaled(nodes(k, half)[:, 0::2], write), nodes(v, half)[:, 0::2]
         )
@@ -87,9 +85,9 @@ def decay_attention_recursion(
     start = initial_state(query, value, state)
     whole = make_pieces(log_decay, None if reset is None else reset[:, :seq], seq, seq)
     whole = jax.tree.map(lambda x: x[0] if x.ndim == 1 else x[:, 0], whole)
-    ends = chunk_factors(log_decay, whole, seq)  # its [seq, seq] mask is never computed
-    read = jnp.swapaxes(ends.read, -1, -2)[..., None]
+    read, write, forget = end_factors(log_decay, whole, seq)
+    read, write = (jnp.swapaxes(factor, -1, -2)[..., None] for factor in (read, write))
     out = out[:, :seq] + read * product("bthk,bhkv->bthv", query, start.astype(query.dtype))
-    written = (key * jnp.swapaxes(ends.write, -1, -2)[..., None]).astype(key.dtype)
+    written = (key * write).astype(key.dtype)
     added = product("bshk,bshv->bhkv", written, value)
-    return scale * out, ends.forget[..., None, None] * start + added
+    return scale * out, forget[..., None, None] * start + added

@@ -43,6 +43,11 @@ def _leaf(module: str, function: str):
 
 
 IMPLEMENTATIONS = (
+    Implementation(
+        "pallas_triton",
+        _leaf("pallas_triton", "decay_attention_pallas_triton"),
+        unsupported=_leaf("pallas_triton", "unsupported"),
+    ),
     Implementation("two_pass", two_pass.decay_attention_two_pass),
     Implementation("chunked", chunked.decay_attention_chunked),
     Implementation("block", block.decay_attention_block),
@@ -55,6 +60,14 @@ IMPLEMENTATIONS = (
     Implementation("recursion", recursion.decay_attention_recursion),
     Implementation("fleet", fleet.decay_attention_fleet),
     Implementation("reference", reference.decay_attention_reference),
+)
+STEPS = (
+    Implementation("recurrent", recurrent.step),
+    Implementation(
+        "pallas_triton",
+        _leaf("pallas_triton", "step"),
+        unsupported=_leaf("pallas_triton", "unsupported"),
+    ),
 )
 CHUNKED = ("two_pass", "chunked", "block", "prefix", "recursion")  # take chunk_len
 KERNELS = ("pallas_triton", "pallas_mosaic_gpu")  # share heads themselves
@@ -134,6 +147,7 @@ def decay_attention_step(
     *,
     reset: Bool[Array, " batch"] | None = None,
     scale: float | None = None,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, "batch state_heads value"], Float[Array, "batch state_heads key value"]]:
     """Advances one token: S <- decay S + k v^T, out = scale S^T q.
 
@@ -145,6 +159,9 @@ def decay_attention_step(
         state: S after the token before, float32 (float64 for float64 input).
         reset: rows whose token starts a new document; their S is cleared first.
         scale: None = 1/sqrt(key width).
+        implementation: "auto", "recurrent" (plain JAX; differentiable) or "pallas_triton" (a GPU
+            kernel, without a gradient, which reads and writes the state once). "auto" is
+            "recurrent" until the kernel has been measured to be faster.
 
     Returns:
         out in the dtype of value, and the new state.
@@ -152,11 +169,14 @@ def decay_attention_step(
     Cost: 6 batch heads key value flops; reads and writes the state once.
     """
     heads = state.shape[1]
+    facts = facts_of(query[:, None], key[:, None], value[:, None], jnp.zeros(heads), False)
+    chosen = choose("decay_attention_step", STEPS, implementation, facts)
     query, key, value = (share_heads(x[:, None], heads)[:, 0] for x in (query, key, value))
     if log_decay.shape[-1] != heads:
         log_decay = jnp.repeat(log_decay, heads // log_decay.shape[-1], axis=-1)
     reset = None if reset is None else reset[:, None]
-    return recurrent.step(query, key, value, log_decay, state, reset=reset, scale=scale)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return chosen.run(query, key, value, log_decay, state, reset=reset, scale=scale)
 
 
 @dataclasses.dataclass(frozen=True)
