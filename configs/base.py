@@ -29,7 +29,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.n_layers = 6  # blocks; a multiple of the pattern's length
     c.d_model = 256  # width of the residual stream
     c.n_heads = 4  # query heads
-    c.n_kv_heads = 0  # key/value heads of softmax and sliding: 1 = MQA, 0 = n_heads (MHA)
+    c.n_kv_heads = 0  # key/value heads: 1 = MQA, 0 = n_heads (MHA)
     c.d_key = 0  # key width a head; 0 = d_model / n_heads
     c.d_value = 0  # value width a head; 0 = d_key
     c.mlp = "swiglu"  # swiglu | gelu
@@ -61,13 +61,20 @@ def model_config() -> ml_collections.ConfigDict:
     c.sliding.implementation = "auto"  # auto | dense | banded | blockwise | cudnn
 
     c.decay = ml_collections.ConfigDict()
-    c.decay.kind = "retnet"  # retnet: 1-2^(-5-h) | lightning: exp(-2^(-8(h+1)/H)) | learned | none
-    c.decay.chunk_len = 64  # tokens a chunk of the chunked form
+    # retnet: 1-2^(-5-h) | lightning: exp(-2^(-8(h+1)/H)) | transnormer: exp(-8h/H) | none: 1
+    # learned: a parameter a head | gated: a function of the token, sigmoid(x W + b)^(1/16)
+    c.decay.kind = "retnet"
+    c.decay.depth = "constant"  # log decay by layer: constant | linear (times 1 - l/L)
+    c.decay.chunk_len = 64  # tokens a chunk of the forms that have chunks and are no kernels
     c.decay.position = "rotary"  # rotary | none
     c.decay.rope_theta = 10_000.0
-    c.decay.use_gate = True  # multiply the normalised output by silu(x W)
+    c.decay.feature_map = "none"  # of query and key: none | silu | elu (elu + 1)
+    c.decay.gate = "silu"  # multiplies the normalised output by silu(x W): silu | sigmoid | none
+    c.decay.head_norm = "rms"  # of each head's output: rms | layer | plain_rms (no scale)
     c.decay.conv_len = 0  # tokens that a short convolution mixes before the projections; 0 = none
-    c.decay.implementation = "auto"  # auto | reference | recurrent | chunked
+    # auto | pallas_triton | pallas_mosaic_gpu | two_pass | chunked | block | prefix | quadratic |
+    # recurrent | causal_dot_product | recursion | fleet | reference
+    c.decay.implementation = "auto"
     return c
 
 

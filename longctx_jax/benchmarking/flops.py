@@ -85,13 +85,17 @@ def softmax_flops(config: ModelConfig, n_keys: float) -> float:
 
 
 def decay_flops(config: ModelConfig, seq_len: int) -> float:
-    """Returns projections 2 d H (2 K + 2 V, + V gated), and 2 H (c (K + V) + 2 K V) for the op.
+    """Returns projections 2 d (H K + H_kv (K + V) + H V) and 2 H (c (K + V) + 2 K V) for the op.
+
+    A gate adds 2 d H V, a decay per token 2 d H.
 
     c = min(chunk_len, seq_len): scores and values within a chunk, then the read and the update of
     the state. A short last chunk is not rounded up.
     """
     heads, d_key, d_value = config.n_heads, config.d_key, config.d_value
     chunk = min(config.decay.chunk_len, seq_len)
-    n_value = 3 if config.decay.use_gate else 2
-    projections = 2 * config.d_model * heads * (2 * d_key + n_value * d_value)
+    inputs = heads * d_key + config.n_kv_heads * (d_key + d_value)
+    outputs = heads * d_value * (1 if config.decay.gate == "none" else 2)
+    gates = heads if config.decay.kind == "gated" else 0
+    projections = 2 * config.d_model * (inputs + outputs + gates)
     return projections + 2 * heads * (chunk * (d_key + d_value) + 2 * d_key * d_value)

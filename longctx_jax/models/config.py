@@ -76,15 +76,22 @@ class DecayConfig:
     """`config.model.decay`."""
 
     kind: str = "retnet"
+    depth: str = "constant"
     chunk_len: int = 64
     position: str = "rotary"
     rope_theta: float = 10_000.0
-    use_gate: bool = True
+    feature_map: str = "none"
+    gate: str = "silu"
+    head_norm: str = "rms"
     conv_len: int = 0
     implementation: str = "auto"
 
     def __post_init__(self):
         require_one_of("decay.kind", self.kind, decay_attention.DECAY_KINDS)
+        require_one_of("decay.depth", self.depth, decay_attention.DEPTH_SCHEDULES)
+        require_one_of("decay.feature_map", self.feature_map, tuple(decay_attention.FEATURE_MAPS))
+        require_one_of("decay.gate", self.gate, tuple(decay_attention.GATES))
+        require_one_of("decay.head_norm", self.head_norm, tuple(decay_attention.HEAD_NORMS))
         require_positive("decay.chunk_len", self.chunk_len)
         require_not_negative("decay.conv_len", self.conv_len)
         require_one_of("decay.position", self.position, decay_attention.POSITIONS)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.schedules import run_stack
@@ -38,13 +39,18 @@ def _softmax_mixer(config: ModelConfig, window_len: int, kind: Any) -> SoftmaxAt
 def _decay_mixer(config: ModelConfig) -> DecayAttention:
     return DecayAttention(
         n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
         d_key=config.d_key,
         d_value=config.d_value,
         kind=config.decay.kind,
+        depth=config.decay.depth,
+        n_layers=config.n_layers,
         chunk_len=config.decay.chunk_len,
         position=config.decay.position,
         rope_theta=config.decay.rope_theta,
-        use_gate=config.decay.use_gate,
+        feature_map=config.decay.feature_map,
+        gate=config.decay.gate,
+        head_norm=config.decay.head_norm,
         conv_len=config.decay.conv_len,
         d_model=config.d_model,
         implementation=config.decay.implementation,
@@ -95,12 +101,21 @@ def init_stack(config: ModelConfig, key: PRNGKey) -> dict[str, PyTree]:
     """Returns the stacked parameters, leaves [n_layers / P, ...], each layer from its own key."""
     example = jnp.zeros((1, 2, config.d_model), config.dtype)
     params = {}
-    for p, (name, block) in enumerate(zip(layer_names(config), make_blocks(config), strict=True)):
-        repeats = range(config.n_layers // len(config.pattern))
-        layers = [r * len(config.pattern) + p for r in repeats]
-        keys = jnp.stack([jax.random.fold_in(key, layer) for layer in layers])
-        params[name] = jax.vmap(lambda k, b=block: b.init(k, example, None)["params"])(keys)
+    places = layer_places(config)
+    for name, block, layers in zip(layer_names(config), make_blocks(config), places, strict=True):
+
+        def init(layer, block=block):
+            layer_key = jax.random.fold_in(key, layer)
+            return block.init(layer_key, example, None, layer=layer)["params"]
+
+        params[name] = jax.vmap(init)(jnp.asarray(layers))
     return params
+
+
+def layer_places(config: ModelConfig) -> list[np.ndarray]:
+    """Returns the layer numbers, int32 [n_layers / P], of each pattern position."""
+    pattern_len = len(config.pattern)
+    return [np.arange(p, config.n_layers, pattern_len, np.int32) for p in range(pattern_len)]
 
 
 def init_stack_cache(config: ModelConfig, batch_size: int, max_len: int) -> tuple[PyTree, ...]:
@@ -128,7 +143,8 @@ def apply_stack(
 
     A last segment shorter than segment_len runs after the others: the split law makes that exact.
     """
-    stacked = tuple(params[name] for name in layer_names(config))
+    places = map(jnp.asarray, layer_places(config))
+    stacked = tuple((params[name], at) for name, at in zip(layer_names(config), places, strict=True))
     cells = tuple(_make_cell(config, block, train) for block in make_blocks(config))
     seq = x.shape[1]
     segment_len = min(config.segment_len or seq, seq)
@@ -169,12 +185,14 @@ def apply_stack(
 
 
 def _make_cell(config: ModelConfig, block: Block, train: bool):
-    """The pure function of one layer: (params, (x, documents), cache, key) -> the same, and aux."""
+    """The pure function of one layer: ((params, place), (x, documents), cache, key) -> it, aux."""
 
-    def cell(params, stream, cache, key=None):
-        x, documents = stream
+    def cell(layer_params, stream, cache, key=None):
+        (params, layer), (x, documents) = layer_params, stream
         rngs = {} if key is None else {"dropout": key}
-        y, cache, aux = call_module(block, params, x, cache, documents, train=train, rngs=rngs)
+        y, cache, aux = call_module(
+            block, params, x, cache, documents, layer=layer, train=train, rngs=rngs
+        )
         return (y, documents), cache, aux
 
     if config.remat == "none":

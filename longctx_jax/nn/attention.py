@@ -39,10 +39,16 @@ class SoftmaxAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: KVCache | None, documents: Documents | None, *, train: bool
+        self,
+        x: jax.Array,
+        cache: KVCache | None,
+        documents: Documents | None,
+        *,
+        layer: jax.Array | None = None,
+        train: bool,
     ) -> tuple[jax.Array, KVCache | None, Aux]:
         """Maps [batch, seq, d_model] to the same; `cache` None = empty and not wanted back."""
-        del train
+        del layer, train
         query = self._heads(x, "query", self.n_heads, self.d_key)
         key = self._heads(x, "key", self.n_kv_heads, self.d_key)
         value = self._heads(x, "value", self.n_kv_heads, self.d_value)

@@ -14,7 +14,7 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); dropout on what each half adds.
 
     Attributes:
-        mixer: a module with `__call__(x, cache, documents, *, train) -> (y, cache, aux)` and
+        mixer: a module with `__call__(x, cache, documents, *, layer, train) -> (y, cache, aux)` and
             `init_cache(batch_size, max_len)`.
     """
 
@@ -28,12 +28,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Any, documents: Documents | None = None, *, train: bool = False
+        self,
+        x: jax.Array,
+        cache: Any,
+        documents: Documents | None = None,
+        *,
+        layer: jax.Array | None = None,
+        train: bool = False,
     ) -> tuple[jax.Array, Any, Aux]:
-        """Maps (x [batch, seq, d_model], cache) to (y, cache, aux); dropout needs its rng."""
-        mixed, cache, aux = self.mixer(
-            make_norm(self.norm, self.dtype, "mixer_norm")(x), cache, documents, train=train
-        )
+        """Maps (x [batch, seq, d_model], cache) to (y, cache, aux); dropout needs its rng.
+
+        `layer` is the block's place in the stack, int32; None = 0.
+        """
+        normed = make_norm(self.norm, self.dtype, "mixer_norm")(x)
+        mixed, cache, aux = self.mixer(normed, cache, documents, layer=layer, train=train)
         x = x + self._drop(mixed, train)
         hidden = make_norm(self.norm, self.dtype, "mlp_norm")(x)
         mlp = MLP(self.mlp, self.d_ff, self.dtype, self.output_scale, name="mlp")

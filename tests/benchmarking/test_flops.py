@@ -41,13 +41,14 @@ def dots_of(model, seq=SEQ):
         {"name": "transformer"},
         {"name": "transformer", "n_kv_heads": 1, "mlp": "gelu", "d_key": 6, "d_value": 4},
         {"name": "transformer", "pattern": ("sliding",)},
-        {"name": "decay", "d_value": 12},
+        {"name": "decay", "d_value": 12, "n_kv_heads": 1},
         {"name": "transformer", "pattern": ("decay", "softmax")},
     ],
     ids=str,
 )
 def test_formula_counts_every_product_of_the_dense_forms(fields):
-    model = build_model(SIZES | fields | {"decay": {"chunk_len": 8}})
+    decay = {"chunk_len": 8, "implementation": "two_pass", "kind": "gated"}
+    model = build_model(SIZES | fields | {"decay": decay})
     per_token = flops.forward_flops_per_token(model.config, SEQ, pairs="dense")
     assert BATCH * SEQ * per_token == dots_of(model)
 

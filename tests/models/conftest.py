@@ -26,7 +26,19 @@ MODELS = {
         "mlp": "gelu",
         "decay": {"chunk_len": 4, "conv_len": 3},
     },
-    "mixed": {"pattern": ("decay", "decay", "sliding"), "n_layers": 3, "tie_embeddings": False},
+    "mixed": {
+        "pattern": ("decay", "decay", "sliding"),
+        "n_layers": 3,
+        "n_kv_heads": 1,
+        "tie_embeddings": False,
+        "decay": {
+            "chunk_len": 4,
+            "kind": "gated",
+            "depth": "linear",
+            "feature_map": "silu",
+            "gate": "sigmoid",
+        },
+    },
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.blocks import Block
-from longctx_jax.nn.decay_attention import DecayAttention, log_decays
+from longctx_jax.nn.decay_attention import DecayAttention, log_decays, log_decays_by_layer
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.mlp import MLP
 from tests.helpers import assert_close, make_normal, random_variables
@@ -28,13 +28,18 @@ def n_elements(tree):
 def make_decay(**changes):
     fields = {
         "n_heads": 2,
+        "n_kv_heads": 2,
         "d_key": 4,
         "d_value": 6,
         "kind": "retnet",
+        "depth": "constant",
+        "n_layers": 4,
         "chunk_len": 4,
         "position": "rotary",
         "rope_theta": 100.0,
-        "use_gate": True,
+        "feature_map": "none",
+        "gate": "silu",
+        "head_norm": "rms",
         "conv_len": 0,
         "d_model": D_MODEL,
         "implementation": "auto",
@@ -144,10 +149,14 @@ def test_softmax_parameters(changes, extra):
     ("changes", "extra"),
     [
         ({}, 2 * 6 * D_MODEL),
-        ({"use_gate": False}, 0),
-        ({"kind": "learned", "use_gate": False}, 2),
+        ({"gate": "none"}, 0),
+        ({"kind": "learned", "gate": "none"}, 2),
+        ({"kind": "gated", "gate": "none"}, 2 * D_MODEL + 2),
+        ({"gate": "none", "head_norm": "plain_rms"}, -6),
+        ({"gate": "none", "head_norm": "layer"}, 6),
+        ({"gate": "none", "n_kv_heads": 1, "feature_map": "elu"}, -D_MODEL * (4 + 6)),
     ],
-    ids=["gate", "plain", "learned"],
+    ids=["gate", "plain", "learned", "gated", "plain_rms", "layer_norm", "grouped"],
 )
 def test_decay_parameters(changes, extra):
     query, key, value, out, norm = 2 * 4, 2 * 4, 2 * 6, 2 * 6, 6
@@ -162,8 +171,73 @@ def test_log_decays():
     assert_close(
         log_decays("lightning", 4), [-(2.0**-2), -(2.0**-4), -(2.0**-6), -(2.0**-8)], rel_rms=1e-6
     )
+    assert np.array_equal(log_decays("transnormer", 4), -8 * heads / 4)
     assert np.array_equal(log_decays("none", 4), np.zeros(4))
     assert all(log_decays(kind, 4).dtype == np.float32 for kind in ("retnet", "lightning", "none"))
+
+
+def test_decays_of_transnormer_fall_with_depth():
+    layer, head = np.arange(6)[:, None], np.arange(4)
+    expected = -(8 * head / 4) * (1 - layer / 6)  # exp of it: Qin et al. (2023), section 3
+    assert_close(log_decays_by_layer("transnormer", "linear", 6, 4), expected, rel_rms=1e-6)
+    same = log_decays_by_layer("retnet", "constant", 3, 4)
+    assert np.array_equal(same, np.tile(log_decays("retnet", 4), (3, 1)))
+
+
+def test_each_layer_takes_its_own_decay():
+    mixer, x = make_decay(depth="linear", kind="lightning"), jnp.float32(make_normal(0, 1, 5, 8))
+    params = init(mixer, x, None, None, train=False)
+
+    def run(mixer, layer):
+        return mixer.apply(params, x, None, None, layer=layer, train=False)[0]
+
+    alone = make_decay(depth="constant", kind="lightning")
+    assert_close(run(mixer, jnp.int32(0)), run(alone, None), rel_rms=1e-6)
+    third = jax.jit(run, static_argnums=0)(mixer, jnp.int32(3))
+    assert not np.allclose(third, run(alone, None), rtol=1e-2)
+
+
+def test_gated_decay_starts_at_retnet_and_depends_on_the_token():
+    mixer, x = make_decay(kind="gated"), jnp.float32(make_normal(0, 1, 6, D_MODEL))
+    fresh = jax.jit(lambda: mixer.init(KEY, x, None, None, train=False)["params"])()
+    start = jax.nn.log_sigmoid(fresh["decay_bias"]) / 16
+    assert_close(start, log_decays("retnet", 2), rel_rms=1e-5)
+    closed = {**fresh, "decay_bias": jnp.full(2, -1e4)}  # decays of exp(-625) forget everything
+
+    def run(params, x):
+        return mixer.apply({"params": params}, x, None, None, train=False)[0][:, -1]
+
+    moved = x.at[:, :-1].multiply(2.0)
+    assert_close(run(closed, moved), run(closed, x), rel_rms=1e-6)
+    assert not np.allclose(run(fresh, moved), run(fresh, x), rtol=1e-3)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(run(p, x) ** 2)))(fresh)
+    assert np.all(gradient["decay_bias"] != 0) and np.any(gradient["decay_gate"]["kernel"] != 0)
+
+
+@pytest.mark.parametrize("feature_map", ["none", "silu", "elu"])
+@pytest.mark.parametrize("gate", ["none", "silu", "sigmoid"])
+def test_decay_mixer_equals_its_formula(feature_map, gate):
+    mixer = make_decay(feature_map=feature_map, gate=gate, n_kv_heads=1, position="none")
+    x = jnp.float32(make_normal(0, 1, 5, D_MODEL))
+    params = init(mixer, x, None, None, train=False)["params"]
+    actual = mixer.apply({"params": params}, x, None, None, train=False)[0]
+    weights = {n: np.float64(p["kernel"]) for n, p in params.items() if "kernel" in p}
+    x = np.float64(x[0])
+    maps = {"none": lambda z: z, "silu": lambda z: z / (1 + np.exp(-z))}
+    maps["elu"] = lambda z: np.where(z > 0, z + 1, np.exp(np.minimum(z, 0)))
+    q = maps[feature_map](x @ weights["query"]).reshape(5, 2, 4)
+    k, v = maps[feature_map](x @ weights["key"]), x @ weights["value"]
+    time = np.arange(5)
+    out = np.zeros((5, 2, 6))
+    for h, decay in enumerate(np.exp(log_decays("retnet", 2))):
+        mask = np.tril(decay ** np.maximum(time[:, None] - time, 0))
+        out[:, h] = (q[:, h] @ k.T * mask) @ v / 2.0  # sqrt of the key width
+    scale = np.float64(params["head_norm"]["scale"])
+    out = (out / np.sqrt(np.mean(out**2, -1, keepdims=True) + 1e-6) * scale).reshape(5, 12)
+    if gate != "none":
+        z = x @ weights["gate"]
+        out = out * (z / (1 + np.exp(-z)) if gate == "silu" else 1 / (1 + np.exp(-z)))
+    assert_close(actual[0], out @ weights["out"], rel_rms=1e-5)
 
 
 def test_learned_decay_starts_at_retnet_stays_negative_and_learns():
