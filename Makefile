@@ -59,12 +59,13 @@ format: venv-test  ## Rewrite the code in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-gpu-check:  ## On a GPU machine: GPU tests, then the train and decode benchmarks
+gpu-check:  ## On a GPU machine: GPU tests, then every benchmark; records what decay attention takes
 	@$(MAKE_VENV) "$(VENV)" "$(PYTHON)" "$(EXTRAS),cuda13,test"
 	@$(RUN) -c 'import jax; print(jax.devices("gpu"))' || { echo "error: gpu-check needs a GPU: jax found none; check nvidia-smi and the driver" >&2; exit 1; }
 	LONGCTX_TEST_GPU=1 $(RUN) -m pytest -q -m gpu
 	$(RUN) -m scripts.benchmark --suite=train --out=$(GPU_RESULTS)/train.jsonl
 	$(RUN) -m scripts.benchmark --suite=decode --out=$(GPU_RESULTS)/decode.jsonl
+	$(RUN) -m scripts.benchmark --suite=decay --peers --out=$(GPU_RESULTS)/decay.jsonl --record
 
 clean:  ## Remove caches and build leftovers (not runs, not the environment)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

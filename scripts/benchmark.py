@@ -1,7 +1,9 @@
-"""Measures a suite: python -m scripts.benchmark --suite=train|decode [--out=FILE] [--quick].
+"""Measures a suite: python -m scripts.benchmark --suite=train|decode|decay [--out=FILE] [--quick].
 
 Appends rows to FILE (JSON lines), draws FILE with .png, prints a table. Shapes are the config's:
---config=FILE and --config.field=value as everywhere. Nothing here sets XLA flags; rows record them.
+--config=FILE and --config.field=value as everywhere; the suite decay has shapes of its own, --peers
+times other libraries beside it, and --record makes its rows the table that "auto" decides by.
+Nothing here sets XLA flags; rows record them.
 """
 
 import pathlib
@@ -14,7 +16,9 @@ from absl import flags
 
 from scripts import common
 
-_SUITE = flags.DEFINE_enum("suite", None, ["train", "decode"], "What to measure.", required=True)
+_SUITE = flags.DEFINE_enum(
+    "suite", None, ["train", "decode", "decay"], "What to measure.", required=True
+)
 _CONFIG = common.config_flag(default="configs/quickstart.py")
 _OUT = flags.DEFINE_string("out", "", "JSON-lines file; empty = results/<suite>_<device>.jsonl.")
 _N_RUNS = flags.DEFINE_integer("n_runs", 20, "Measured runs of each case.", lower_bound=1)
@@ -26,23 +30,35 @@ _MAX_SECONDS = flags.DEFINE_float(
 )
 _QUICK = flags.DEFINE_bool("quick", False, "Tiny shapes: shows that it runs, measures nothing.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "Sequence or context lengths (tokens), e.g. 256,4096.")
-_PARTS = flags.DEFINE_list(
-    "parts", ["models", "lengths", "schedules"], "Parts of the train suite to run."
+_PARTS = flags.DEFINE_list("parts", [], "Parts of the suite to run; empty = all.")
+_PEERS = flags.DEFINE_bool("peers", False, "decay: also time other libraries that are installed.")
+_RECORD = flags.DEFINE_bool(
+    "record", False, 'decay: write the table that "auto" decides by, from all rows in --out.'
 )
 
 
 def measure(config: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of the suite that the flags ask for."""
-    from longctx_jax.benchmarking import decode_suite, suites
+    from longctx_jax.benchmarking import decay_suite, decode_suite, suites
 
-    unknown = [part for part in _PARTS.value if part not in suites.PARTS]
+    suite = _SUITE.value
+    known = {"train": suites.PARTS, "decay": decay_suite.PARTS, "decode": ()}[suite]
+    unknown = [part for part in _PARTS.value if part not in known]
     if unknown:
         raise common.UsageError(
-            f"--parts must be among {', '.join(suites.PARTS)}: got {', '.join(unknown)}"
+            f"--parts must be among {', '.join(known) or 'none'} in the suite {suite}: got "
+            f"{', '.join(unknown)}"
         )
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise common.UsageError(
             f"--lengths must be positive numbers of tokens: got {','.join(_LENGTHS.value)}"
+        )
+    if suite != "decay" and (_PEERS.value or _RECORD.value):
+        raise common.UsageError(f"--peers and --record belong to --suite=decay: got {suite}")
+    if _RECORD.value and _QUICK.value:
+        raise common.UsageError(
+            "--record needs real measurements: got --quick, whose shapes measure nothing; "
+            "leave one of them out"
         )
     limits = suites.Limits(
         n_runs=_N_RUNS.value,
@@ -50,16 +66,42 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         is_quick=_QUICK.value,
         lengths=tuple(map(int, _LENGTHS.value)),
     )
-    if _SUITE.value == "decode":
+    parts = _PARTS.value or known
+    if suite == "decode":
         return decode_suite.decode_rows(config, limits)
-    return suites.train_rows(config, limits, _PARTS.value)
+    if suite == "decay":
+        return decay_suite.decay_rows(limits, parts, with_peers=_PEERS.value)
+    return suites.train_rows(config, limits, parts)
+
+
+def is_summary(row: dict[str, Any]) -> bool:
+    """Whether a row of the suite decay is about other rows: those are printed as sentences."""
+    summed_up = "speed_ratio" in row or row["name"] == "crossover"
+    return row["suite"] == "decay" and summed_up
+
+
+def record_table(rows: list[dict[str, Any]], fields: dict[str, Any]) -> None:
+    """Writes the table of this device from the newest rows by this jax, and checks "auto"."""
+    from longctx_jax.benchmarking import decay_summary, figures
+
+    same = ("device", "jax_version")
+    rows = [row for row in rows if not row.get("is_quick")]
+    rows = [row for row in rows if all(row.get(name) == fields[name] for name in same)]
+    recorded = figures.newest(rows)
+    path, wrong = decay_summary.record(recorded, fields)
+    n_shapes = len(decay_summary.table_rows(recorded))
+    print(f"wrote {n_shapes} shapes to {path}")
+    for line in wrong:
+        print(f"auto is not within 10 % of the best: {line}")
+    if not wrong:
+        print("auto is within 10 % of the best form at every recorded shape and pass")
 
 
 def main(arguments: list[str]) -> None:
     """Measures, records, draws, prints."""
     del arguments
     rows_of_suite = measure(_CONFIG.value)
-    from longctx_jax.benchmarking import figures, timing
+    from longctx_jax.benchmarking import decay_summary, figures, timing
 
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     fields = timing.environment(command) | {"is_quick": _QUICK.value}
@@ -77,16 +119,22 @@ def main(arguments: list[str]) -> None:
         timing.write_rows(out, [row])
         rows.append(row)
         print(figures.progress(row), file=sys.stderr, flush=True)
-    print(figures.format_table(rows))
+    print(figures.format_table([row for row in rows if not is_summary(row)]))
     for row in rows:
         if "speed_ratio" in row:
             print(
-                f"{row['name']}: {row['speed_ratio']:.3f} tokens/s for tokens/s (quartiles "
-                f"{row['speed_ratio_quartile_1']:.3f} to {row['speed_ratio_quartile_3']:.3f})"
+                f"{figures.case_name(row)}: {row['speed_ratio']:.3f} tokens/s for tokens/s "
+                f"(quartiles {row['speed_ratio_quartile_1']:.3f} to "
+                f"{row['speed_ratio_quartile_3']:.3f})"
             )
+        if row["name"] == "crossover":
+            print(decay_summary.crossover_text(row))
     picture = out.with_suffix(".png")
-    figures.draw_rows(timing.read_rows(out)).savefig(picture)
+    recorded = timing.read_rows(out)
+    figures.draw_rows(recorded).savefig(picture)
     print(f"wrote {len(rows)} rows to {out}, and {picture}")
+    if _RECORD.value:
+        record_table(recorded, fields)
     if fields["platform"] == "cpu":
         print("these are CPU timings: they show that things run, not which method is faster")
 

@@ -342,3 +342,26 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
+
+
+def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
+    """The work directories among `folders` and their direct sub-folders, each once.
+
+    Raises:
+        FileNotFoundError: if one of them holds no `metrics.jsonl`.
+    """
+    from longctx_jax.training.metrics import METRICS_FILE
+
+    found: dict[pathlib.Path, None] = {}
+    for folder in map(pathlib.Path, folders):
+        if (folder / METRICS_FILE).is_file():
+            below = [folder]
+        else:
+            below = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
+        if not below:
+            raise FileNotFoundError(
+                f"a run's folder must hold {METRICS_FILE}: got {folder}; "
+                "give the --workdir of scripts.train, or a folder of such folders"
+            )
+        found.update(dict.fromkeys(below))
+    return list(found)

@@ -24,27 +24,6 @@ _PANEL = flags.DEFINE_string(
 )
 
 
-def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
-    """The work directories among `folders` and their direct sub-folders, each once.
-
-    Raises:
-        FileNotFoundError: if one of them holds no `metrics.jsonl`.
-    """
-    found: dict[pathlib.Path, None] = {}
-    for folder in map(pathlib.Path, folders):
-        if (folder / metrics.METRICS_FILE).is_file():
-            below = [folder]
-        else:
-            below = sorted(path.parent for path in folder.glob(f"*/{metrics.METRICS_FILE}"))
-        if not below:
-            raise FileNotFoundError(
-                f"a run's folder must hold {metrics.METRICS_FILE}: got {folder}; "
-                "give the --workdir of scripts.train, or a folder of such folders"
-            )
-        found.update(dict.fromkeys(below))
-    return list(found)
-
-
 def load_runs(folders: Sequence[pathlib.Path]) -> dict[str, list[dict[str, Any]]]:
     """The records of each run, by the shortest ending of its path that tells the runs apart.
 
@@ -71,7 +50,7 @@ def main(arguments: list[str]) -> None:
     """Reads, draws, writes."""
     if not arguments:
         raise common.UsageError("scripts.plot needs a run: got none; name its work directory")
-    runs = load_runs(find_runs(arguments))
+    runs = load_runs(common.find_runs(arguments))
     figure = plots.draw_training_curves(runs, x=_X.value, y=_Y.value, panel=_PANEL.value)
     out = pathlib.Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -121,6 +121,7 @@ def test_the_base_of_an_active_environment_is_chosen(choose):
         ("test", ['"cuda13,test"', '-m "not slow and not gpu and not network"']),
         ("lint", ["ruff check .", "ruff format --check .", "pyright"]),
         ("gpu-check", ["pytest -q -m gpu", "--suite=train", "--suite=decode", "cuda13,test"]),
+        ("gpu-check", ["--suite=decay --peers", "--record"]),
     ],
 )
 def test_targets_run_what_they_say(target, texts):

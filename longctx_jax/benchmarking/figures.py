@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from longctx_jax.benchmarking import decay_figures
+
 Rows = Sequence[Mapping[str, Any]]
 IDENTITY = (
     "suite",
@@ -22,12 +24,19 @@ IDENTITY = (
     "context_len",
     "n_layers",
     "d_model",
+    "n_heads",
+    "d_key",
+    "d_value",
     "dtype",
+    "is_per_token",
     "remat",
 )
 COLUMNS = ("name", "pass", "batch_size", "seq_len", "median_ms", "tokens_per_s")
-MIDDLE_COLUMNS = ("token_ms", "cells", "cache_bytes", "model_flops_per_s")
-LAST_COLUMNS = ("compile_s", "peak_bytes", "n_runs", "speed_ratio")
+MIDDLE_COLUMNS = (
+    *("token_ms", "cells", "cache_bytes", "model_flops_per_s"),
+    *("d_key", "roofline_fraction", "tb_per_s", "max_error"),
+)
+LAST_COLUMNS = ("compile_s", "peak_bytes", "n_runs", "speed_ratio", "skipped")
 
 
 def newest(rows: Rows) -> list[Mapping[str, Any]]:
@@ -45,11 +54,19 @@ def format_table(rows: Rows) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if name in ("name", "skipped") else cell.rjust(width)
+            for name, cell, width in zip(names, line, widths, strict=True)
         ).rstrip()
         for line in lines
     )
+
+
+def case_name(row: Mapping[str, Any]) -> str:
+    """Returns the name of a row, with its shape in the suite decay, which has many."""
+    if row["suite"] != "decay":
+        return row["name"]
+    shape = "batch {batch_size}, {n_heads} heads of {d_key}, {seq_len} tokens, {dtype}"
+    return f"{row['name']}, {row['pass']}, {shape.format(**row)}"
 
 
 def progress(row: Mapping[str, Any]) -> str:
@@ -64,7 +81,8 @@ def draw_rows(rows: Rows) -> Figure:
     """Returns the figure of one suite's rows.
 
     train: speed of each model, speed by length, time by schedule. decode: time a token, prefill
-    and cache by context length. Bars and points are medians, whiskers quartiles.
+    and cache by context length. decay: see `decay_figures.py`. Bars and points are medians,
+    whiskers quartiles.
 
     Raises:
         ValueError: if there is no row, or rows of several suites or devices.
@@ -81,6 +99,8 @@ def draw_rows(rows: Rows) -> Figure:
     panels: list[tuple[str, Callable[[Axes], None]]] = []
     if rows[0]["suite"] == "decode":
         panels = _decode_panels(timed)
+    elif rows[0]["suite"] == "decay":
+        panels = decay_figures.panels(timed)
     else:
         parts = {
             p: [r for r in timed if r["part"] == p] for p in ("models", "lengths", "schedules")
@@ -181,5 +201,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
+        if 0 < abs(value) < 1e-3:
+            return f"{value:.1e}"
         return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -240,3 +240,44 @@ def _is_number(value: Any) -> bool:
 def _colors(n: int) -> list[Any]:
     map_name, positions = ("tab10", np.arange(n)) if n <= 10 else ("turbo", np.linspace(0, 1, n))
     return list(colormaps[map_name](positions))
+
+
+def draw_context_curves(rows: Records) -> Figure:
+    """Bits per byte by context length, a panel a text, a line a model.
+
+    Args:
+        rows: of scripts.context: data, pattern, decay_kind, context_len, bits_per_byte,
+            train_seq_len.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("a context figure needs rows: got none; run scripts.context")
+    texts = list(dict.fromkeys(row["data"] for row in rows))
+    figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained", dpi=120)
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    labels = list(dict.fromkeys(map(_context_label, rows)))
+    for axes, text in zip(panels, texts, strict=True):
+        for color, label in enumerate(labels):
+            own = [r for r in rows if r["data"] == text and _context_label(r) == label]
+            own.sort(key=lambda row: row["context_len"])
+            lengths = [row["context_len"] for row in own]
+            axes.plot(
+                lengths, [r["bits_per_byte"] for r in own], "o-", color=f"C{color}", label=label
+            )
+        axes.axvline(rows[0]["train_seq_len"], color="0.6", linestyle=":", label="training window")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_title(text, fontsize=10)
+        axes.set_xlabel("context (tokens)")
+        axes.set_ylabel("bits per byte")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _context_label(row: Mapping[str, Any]) -> str:
+    kinds = list(dict.fromkeys(row["pattern"]))
+    name = "-".join(row["pattern"]) if len(kinds) > 1 else kinds[0]
+    return f"{name} ({row['decay_kind']})" if row["decay_kind"] else name

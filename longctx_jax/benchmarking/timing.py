@@ -32,10 +32,20 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A jitted function, and what makes its arguments (static ones must be bound already)."""
+    """A jitted function, and what makes its arguments (static ones must be bound already).
+
+    Attributes:
+        n_inner: how often one run does the work that is measured; times are divided by it.
+        keeps_output: False drops each output, and make_inputs always gets None: outputs of many
+            cases together may not fit.
+        inspect: (arguments, output) of the very first run -> more fields of the row, e.g. errors.
+    """
 
     function: Any
     make_inputs: MakeInputs
+    n_inner: int = 1
+    keeps_output: bool = True
+    inspect: Callable[[tuple, Any], Row] | None = None
 
 
 def measure(
@@ -49,13 +59,14 @@ def measure(
 ) -> Row:
     """Returns the measurement fields of one jitted function; see `measure_in_turns`."""
     cases = {"": Case(function, make_inputs)}
-    limits = {"min_seconds": min_seconds, "max_seconds": max_seconds}
-    (row,), _ = _unzip(measure_in_turns(cases, n_runs=n_runs, n_warmup=n_warmup, **limits))
-    return row
-
-
-def _unzip(measured: Mapping[str, tuple[Row, np.ndarray]]) -> tuple[list[Row], list[np.ndarray]]:
-    return [row for row, _ in measured.values()], [times for _, times in measured.values()]
+    measured = measure_in_turns(
+        cases,
+        n_runs=n_runs,
+        n_warmup=n_warmup,
+        min_seconds=min_seconds,
+        max_seconds=max_seconds,
+    )
+    return measured[""][0]
 
 
 def measure_in_turns(
@@ -65,6 +76,8 @@ def measure_in_turns(
     n_warmup: int = 2,
     min_seconds: float = 0.0,
     max_seconds: float = 0.0,
+    max_bytes: int = 0,
+    may_fail: tuple[type[Exception], ...] = (),
 ) -> dict[str, tuple[Row, np.ndarray]]:
     """Returns (measurement fields, seconds of every run) a case; run r of all cases lie together.
 
@@ -74,10 +87,13 @@ def measure_in_turns(
         n_warmup: rounds before them that do not count.
         min_seconds: go on past n_runs until the rounds add up to this.
         max_seconds: stop early once the rounds add up to this (after 3 at least); 0 = no limit.
+        max_bytes: a case whose compiled plan holds more is not run; 0 = no limit.
+        may_fail: a case whose compilation or first run raises one of these is not run further.
 
     Returns:
         Fields trace_s, compile_s, n_runs (as made), n_warmup, median_ms, quartile_1_ms,
-        quartile_3_ms, min_ms, and those of `memory_fields`.
+        quartile_3_ms, min_ms, and those of `memory_fields`. For a case that is not run: the field
+        `skipped` with the reason, and no times.
 
     Raises:
         ValueError: if n_runs < 1 or n_warmup < 0.
@@ -88,27 +104,36 @@ def measure_in_turns(
             "set --n_runs to 1 or more"
         )
     compiled, fields, outputs = {}, {}, {}
+    skipped: dict[str, Row] = {}
     for name, case in cases.items():
-        inputs = jax.block_until_ready(case.make_inputs(None))
-        compiled[name], fields[name] = _compile(case.function, inputs)
-        outputs[name] = jax.block_until_ready(compiled[name](*inputs))
-        del inputs
-    times: dict[str, list[float]] = {name: [] for name in cases}
+        try:
+            program, fields[name], output = _first_run(case, max_bytes)
+        except (*may_fail, _TooLarge) as error:
+            skipped[name] = {"skipped": _first_line(error)}
+            continue
+        compiled[name], outputs[name] = program, output if case.keeps_output else None
+        del output
+    times: dict[str, list[float]] = {name: [] for name in compiled}
     total, n_done = 0.0, -n_warmup
-    while n_done < n_runs or total < min_seconds:
+    while compiled and (n_done < n_runs or total < min_seconds):
         if max_seconds and total >= max_seconds and n_done >= MIN_RUNS:
             break
-        for name, case in cases.items():
+        for name, program in compiled.items():
+            case = cases[name]
             inputs = jax.block_until_ready(case.make_inputs(outputs.pop(name)))
             start = time.perf_counter()
-            outputs[name] = jax.block_until_ready(compiled[name](*inputs))
+            output = jax.block_until_ready(program(*inputs))
             seconds = time.perf_counter() - start
+            outputs[name] = output if case.keeps_output else None
+            del inputs, output
             if n_done >= 0:
-                times[name].append(seconds)
+                times[name].append(seconds / case.n_inner)
                 total += seconds
         n_done += 1
     return {
-        name: (
+        name: (skipped[name], np.zeros(0))
+        if name in skipped
+        else (
             fields[name]
             | summary(times[name])
             | {"n_warmup": n_warmup}
@@ -117,6 +142,28 @@ def measure_in_turns(
         )
         for name in cases
     }
+
+
+class _TooLarge(Exception):
+    """The compiled plan of a case holds more bytes than it may."""
+
+
+def _first_run(case: Case, max_bytes: int) -> tuple[Any, Row, Any]:
+    """Returns the compiled program, its first fields, and the output of one run."""
+    inputs = jax.block_until_ready(case.make_inputs(None))
+    program, fields = _compile(case.function, inputs)
+    planned = memory_fields(program)["peak_bytes"] if max_bytes else None
+    if planned is not None and planned > max_bytes:
+        raise _TooLarge(f"its plan holds {planned:,} bytes, more than {max_bytes:,}")
+    output = jax.block_until_ready(program(*inputs))
+    if case.inspect is not None:
+        fields |= case.inspect(inputs, output)
+    return program, fields, output
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 def summary(seconds: Sequence[float]) -> Row:

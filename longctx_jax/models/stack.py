@@ -115,7 +115,7 @@ def init_stack(config: ModelConfig, key: PRNGKey) -> dict[str, PyTree]:
 def layer_places(config: ModelConfig) -> list[np.ndarray]:
     """Returns the layer numbers, int32 [n_layers / P], of each pattern position."""
     pattern_len = len(config.pattern)
-    return [np.arange(p, config.n_layers, pattern_len, np.int32) for p in range(pattern_len)]
+    return [np.arange(p, config.n_layers, pattern_len).astype(np.int32) for p in range(pattern_len)]
 
 
 def init_stack_cache(config: ModelConfig, batch_size: int, max_len: int) -> tuple[PyTree, ...]:
@@ -144,7 +144,9 @@ def apply_stack(
     A last segment shorter than segment_len runs after the others: the split law makes that exact.
     """
     places = map(jnp.asarray, layer_places(config))
-    stacked = tuple((params[name], at) for name, at in zip(layer_names(config), places, strict=True))
+    stacked = tuple(
+        (params[name], at) for name, at in zip(layer_names(config), places, strict=True)
+    )
     cells = tuple(_make_cell(config, block, train) for block in make_blocks(config))
     seq = x.shape[1]
     segment_len = min(config.segment_len or seq, seq)

@@ -1,7 +1,7 @@
 """What travels between blocks beside the hidden state: documents along the sequence, `Aux` back.
 
-A block is `__call__(x, cache, documents, *, layer, train) -> (y, cache, aux)`. Everything here is a pytree
-of arrays.
+A block is `__call__(x, cache, documents, *, layer, train) -> (y, cache, aux)`. Everything here is
+a pytree of arrays.
 """
 
 from typing import Any, NamedTuple

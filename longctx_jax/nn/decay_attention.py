@@ -8,9 +8,9 @@ rotary, gate "silu"), TransNormerLLM (kind "transnormer", rates falling with dep
 "silu", gate "sigmoid"), MiniMax-01 (kind "lightning", falling with depth), gated retention (kind
 "gated": a decay per token and head).
 
-Source: Sun et al. (2023), arXiv 2307.08621 (RetNet, which also has the gated form of YOCO, Sun et
-al. 2024, arXiv 2405.05254); Qin et al. (2023), arXiv 2307.14995 (TransNormerLLM); Qin et al. (2024),
-arXiv 2401.04658 (Lightning Attention-2).
+Source: Sun et al. (2023), arXiv 2307.08621 (RetNet); Sun et al. (2024), arXiv 2405.05254 (gated
+retention); Qin et al. (2023), arXiv 2307.14995 (TransNormerLLM); Qin et al. (2024), arXiv
+2401.04658 (Lightning Attention-2).
 """
 
 import dataclasses

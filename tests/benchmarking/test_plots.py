@@ -80,6 +80,28 @@ def test_sweep_without_numbers_draws_bars_best_first():
         plots.draw_sweep([{"run": "r", "m": "r"}], ["m"], y="y")
 
 
+def test_context_figure_has_a_panel_a_text_and_a_line_a_model():
+    def row(data, pattern, kind, length):
+        return {
+            "data": data,
+            "pattern": pattern,
+            "decay_kind": kind,
+            "context_len": length,
+            "bits_per_byte": 2.0 + 1 / length,
+            "train_seq_len": 16,
+        }
+
+    models = [(["softmax"], ""), (["decay"], "gated"), (["decay", "softmax"], "gated")]
+    rows = [row(d, *m, n) for d in ("a", "b") for m in models for n in (64, 16)]
+    figure = plots.draw_context_curves(rows)
+    left, right = figure.axes
+    labels = [line.get_label() for line in left.lines]
+    assert labels == ["softmax", "decay (gated)", "decay-softmax (gated)", "training window"]
+    assert list(right.lines[0].get_xdata()) == [16, 64]
+    with pytest.raises(ValueError, match="needs rows"):
+        plots.draw_context_curves([])
+
+
 def run_plot(*arguments):
     command = [sys.executable, "-m", "scripts.plot", *map(str, arguments)]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)

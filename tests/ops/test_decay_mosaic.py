@@ -68,7 +68,7 @@ FAST = {  # the others are slow only because there are many
     ("one_chunk", False),
     ("ragged", False),
     ("ragged", True),
-    ("per_token_resets", False),
+    ("segments", False),
     ("per_token_resets", True),
     ("wide", True),
     ("odd_widths", False),
@@ -220,12 +220,18 @@ def test_lowers_for_cuda(width, per_token, is_backwards):
         *(tokens, tokens, tokens, decay, state), is_backwards=is_backwards, out_dtype=out_dtype
     )
     assert text.count("@mosaic_gpu") == 2  # states of the segments, and the walk itself
+
+
+@pytest.mark.parametrize("n_warpgroups", [1, 2])
+def test_lowers_for_cuda_without_segments(n_warpgroups):
+    tokens = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.bfloat16)
+    decay = jax.ShapeDtypeStruct((2,), jnp.float32)
     text = lowered(
         *(tokens, tokens, tokens, decay, None),
-        is_backwards=is_backwards,
-        out_dtype=out_dtype,
+        is_backwards=False,
+        out_dtype="bfloat16",
         n_segments=1,
-        n_warpgroups=1,
+        n_warpgroups=n_warpgroups,
     )
     assert text.count("@mosaic_gpu") == 1
 

@@ -20,7 +20,7 @@ def run_benchmark(*arguments, timeout=60):
     "arguments, text",
     [
         ([], "--suite is required"),
-        (["--suite=vq"], "train|decode"),
+        (["--suite=vq"], "train|decode|decay"),
         (["--suite=train", "--n_runs=0"], "n_runs"),
         (["--suite=train", "--config=configs/nope.py"], "configs/nope.py"),
     ],
@@ -34,16 +34,22 @@ def test_a_wrong_command_line_is_one_paragraph(arguments, text):
 
 @pytest.mark.parametrize(
     "argument, text",
-    [("--parts=modles", "models, lengths, schedules"), ("--lengths=1k", "numbers of tokens")],
+    [
+        ("--suite=train --parts=modles", "models, lengths, schedules"),
+        ("--suite=decay --parts=models", "main, grid, float32, per_token, long"),
+        ("--suite=train --lengths=1k", "numbers of tokens"),
+        ("--suite=decode --peers", "belong to --suite=decay"),
+        ("--suite=decay --quick --record", "leave one of them out"),
+    ],
 )
-def test_a_wrong_list_is_a_usage_error(argument, text):
-    done = run_benchmark("--suite=train", argument)
+def test_arguments_that_do_not_go_together_are_a_usage_error(argument, text):
+    done = run_benchmark(*argument.split())
     assert done.returncode == 2
     assert text in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["train", "decode"])
+@pytest.mark.parametrize("suite", ["train", "decode", "decay"])
 def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
     out = tmp_path / "new" / "rows.jsonl"
     done = run_benchmark(f"--suite={suite}", "--quick", "--n_runs=2", f"--out={out}", timeout=500)

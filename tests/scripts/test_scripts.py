@@ -57,6 +57,17 @@ def test_train_leaves_metrics_config_and_checkpoints(trained):
     assert config["model"]["d_model"] == 16
 
 
+def test_context_lengths(trained, tmp_path):
+    out = tmp_path / "context.jsonl"
+    sizes = ("--lengths=16,64", "--max_bytes=128")
+    script("context", trained, f"--out={out}", *sizes)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["context_len"] for row in rows] == [16, 64]
+    assert all(row["bytes"] == 128 and row["bits_per_byte"] > 0 for row in rows)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "got 512" in mistake("context", trained, "--lengths=512", "--max_bytes=128")
+
+
 def test_evaluate_ends_with_one_json_line(trained):
     done = script("evaluate", f"--workdir={trained}", "--split=test", "--max_bytes=700", "--step=3")
     result = json.loads(done.stdout.strip().splitlines()[-1])

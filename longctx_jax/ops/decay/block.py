@@ -6,6 +6,7 @@ backward pass, so that memory is the states between blocks and nothing quadratic
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,11 +88,11 @@ def walk_blocks(
         added = product("bshk,bshv->bhkv", written, z)
         return factors.forget[..., None, None] * state + added, out.astype(out_dtype or z.dtype)
 
-    tokens = tuple(jnp.moveaxis(split(a, chunk), 1, 0) for a in (x, y, z))
+    tokens: Any = (*(jnp.moveaxis(split(a, chunk), 1, 0) for a in (x, y, z)), over_chunks(pieces))
     state, out = jax.lax.scan(
         jax.checkpoint(advance) if remat else advance,
         initial_state(x, z, state),
-        (*tokens, over_chunks(pieces)),
+        tokens,
         reverse=is_backwards,
     )
     return join(jnp.moveaxis(out, 0, 1), seq), state

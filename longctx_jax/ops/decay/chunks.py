@@ -51,9 +51,7 @@ def join(x: jax.Array, seq: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :seq]
 
 
-def make_pieces(
-    log_decay: jax.Array, reset: jax.Array | None, seq: int, chunk_len: int
-) -> Pieces:
+def make_pieces(log_decay: jax.Array, reset: jax.Array | None, seq: int, chunk_len: int) -> Pieces:
     """Returns the pieces of every chunk; padding neither decays nor starts a document.
 
     Args:
@@ -116,9 +114,7 @@ def end_factors(
 
 def backwards(factors: Factors) -> Factors:
     """Returns the factors of the same chunk run from its last token to its first."""
-    return Factors(
-        jnp.swapaxes(factors.decay, -1, -2), factors.write, factors.read, factors.forget
-    )
+    return Factors(jnp.swapaxes(factors.decay, -1, -2), factors.write, factors.read, factors.forget)
 
 
 def over_chunks(pieces: Pieces) -> Pieces:

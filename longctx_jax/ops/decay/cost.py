@@ -1,6 +1,6 @@
 """What each form of decay attention should cost on a device: floating-point work, bytes, steps.
 
-    time = max(flops / rate, bytes / bandwidth) / utilisation + steps * latency + launches * overhead
+    time = max(flops / rate, bytes / bandwidth) + steps * time of a step
 
 A model, meant to order the forms where nothing has been measured (`table.py` has measurements); its
 constants are round numbers of a device class, not of one machine. docs/decay.md derives the counts.
@@ -29,7 +29,7 @@ class Device:
 DEVICES = {
     "gpu": Device(500e12, 250e12, 50e12, 3e12, 12e-6, 1.7e-6, 132),
     "tpu": Device(300e12, 50e12, 10e12, 1.5e12, 5e-6, 1e-6, 1),
-    "cpu": Device(5e10, 5e10, 1e10, 1e10, 5e-6, 5e-6, 1),
+    "cpu": Device(5e10, 5e10, 5e10, 1e10, 1.5e-6, 5e-6, 1),
 }
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from longctx_jax.ops.dispatch import platform
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -60,12 +62,11 @@ def facts_of(query: Any, key: Any, value: Any, log_decay: Any, for_training: boo
     if len(log_decay.shape) not in (1, 3) or log_decay.shape[:-1] not in ((), query.shape[:2]):
         raise ValueError(
             "decay_attention: log_decay must be [heads] or [batch, seq, heads]: got "
-            f"{log_decay.shape} with query {query.shape}; it is the log of the factor kept per token"
+            f"{log_decay.shape} with query {query.shape}; it is the log of what a token keeps"
         )
-    device = jax.devices()[0] if jax.config.jax_default_device is None else None
     return Facts(
-        platform=jax.default_backend(),
-        device=device.device_kind if device is not None else jax.default_backend(),
+        platform=platform(),
+        device=jax.local_devices()[0].device_kind,
         dtype=str(query.dtype),
         batch=query.shape[0],
         seq=query.shape[1],
@@ -74,5 +75,5 @@ def facts_of(query: Any, key: Any, value: Any, log_decay: Any, for_training: boo
         d_value=value.shape[3],
         is_per_token=len(log_decay.shape) == 3,
         for_training=for_training,
-        matmul_precision=str(jax.config.jax_default_matmul_precision or "default"),
+        matmul_precision=getattr(jax.config, "jax_default_matmul_precision", None) or "default",
     )

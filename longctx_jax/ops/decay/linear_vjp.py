@@ -63,10 +63,9 @@ def differentiable(walk: Walk) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
     def forward(query, key, value, log_decay, state, reset, scale):
         arrays = (query, key, value, log_decay, state, reset)
-        values = [None if a is None else a.value for a in arrays]
-        out, last = run(*values, scale)
-        kept = last if log_decay.perturbed else None
-        return (out, last), _Kept(*values, last=kept)
+        values: list[Any] = [None if a is None else a.value for a in arrays]
+        out, last = run_untyped(*values, scale)
+        return (out, last), _Kept(*values, last=last if log_decay.perturbed else None)
 
     def backward(scale, kept: _Kept, cotangents):
         d_out, d_last = (_or_none(c) for c in cotangents)
@@ -123,7 +122,8 @@ def differentiable(walk: Walk) -> Callable[..., tuple[jax.Array, jax.Array]]:
         )
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run
+    run_untyped: Any = run
+    return run_untyped
 
 
 def share_heads(x: jax.Array, n_heads: int) -> jax.Array:

@@ -208,7 +208,7 @@ def walk(
     state = pad_state(state, *widths)
     sums = _sums_of_chunks(log_decay, reset, seq)
     if plan.n_segments > 1:
-        added = _launch(plan, None, y, z, sums, None, None, interpret)
+        _, added = _launch(plan, None, y, z, sums, None, None, interpret)
         state = states_before_segments(
             added,
             state,
@@ -274,8 +274,10 @@ def _launch(
     state: jax.Array | None,
     out_dtype: DType | None,
     interpret: Any,
-):
-    """Returns (out, last state [batch, heads, 1, key, value]); x None: the segments' own states.
+) -> tuple[Any, jax.Array]:
+    """Returns (out, last state [batch, heads, 1, key, value]) or (None, segments' own states).
+
+    The latter if x is None: states of all segments but the one walked last.
 
     Args:
         plan: see `_Plan`; all arrays are padded.
@@ -305,7 +307,9 @@ def _launch(
         if plan.is_interpreted:
             scratch["scores_smem"] = _bfloat16_smem(plan, CHUNK_LEN)
     names = (*inputs, *outputs, *scratch)
-    options = {} if _IS_NEW else {"lowering_semantics": plgpu.LoweringSemantics.Warpgroup}
+    options: dict[str, Any] = (
+        {} if _IS_NEW else {"lowering_semantics": plgpu.LoweringSemantics.Warpgroup}
+    )
     threads = {"num_threads": plan.n_warpgroups + 1, "thread_name": "warpgroup"}
     run = plgpu.kernel(
         lambda *refs: _kernel(plan, dict(zip(names, refs, strict=True))),
@@ -318,7 +322,7 @@ def _launch(
         **(threads if plan.n_warpgroups > 1 else {}),
     )
     last, *out = run(*inputs.values())
-    return last if plan.states_only else (out[0], last)
+    return (None if plan.states_only else out[0]), last
 
 
 def _bfloat16_smem(plan: _Plan, rows: int):
@@ -369,7 +373,7 @@ def _kernel(plan: _Plan, ref: dict[str, Any]) -> None:
         row = jnp.maximum(row - (plan.n_chunks - n_rows), 0)
         return batch * (ref["sums"].shape[0] > 1), head, row, 0, 0
 
-    def advance(indices, *refs_and_state):
+    def advance(indices, *refs_and_state) -> Any:
         *refs, state = refs_and_state
         tiles = dict(zip(names, refs, strict=True))
         if plan.n_warpgroups > 1:
@@ -398,7 +402,7 @@ def _kernel(plan: _Plan, ref: dict[str, Any]) -> None:
 
         plgpu.wait_smem_to_gmem(0)
 
-    names = ("y", "z", "sums") if plan.states_only else ("x", "y", "z", "sums")
+    names: tuple[str, ...] = ("y", "z", "sums") if plan.states_only else ("x", "y", "z", "sums")
     specs = {name: tokens(name) for name in names if name != "sums"}
     specs["sums"] = plgpu.BlockSpec((None, None, None, 2, CHUNK_LEN), sums_of)
     options = {
@@ -471,8 +475,8 @@ def _read(plan: _Plan, tiles: dict[str, Any], ref: dict[str, Any], sums):
 
     return pl.run_scoped(
         products,
-        plgpu.ACC(shape, jnp.float32),
-        plgpu.ACC((CHUNK_LEN, TILE), jnp.float32),
+        plgpu.WGMMAAccumulatorRef(shape, jnp.float32),
+        plgpu.WGMMAAccumulatorRef((CHUNK_LEN, TILE), jnp.float32),
     )
 
 
@@ -485,7 +489,10 @@ def _add_products(plan: _Plan, *sums):
             return accumulator[...]
 
         return tuple(
-            c + pl.run_scoped(functools.partial(product, a=a, b=b), plgpu.ACC(c.shape, c.dtype))
+            c
+            + pl.run_scoped(
+                functools.partial(product, a=a, b=b), plgpu.WGMMAAccumulatorRef(c.shape, c.dtype)
+            )
             for c, a, b in sums
         )
 
@@ -493,7 +500,7 @@ def _add_products(plan: _Plan, *sums):
         for accumulator, (_, a, b) in zip(accumulators, sums, strict=True):
             plgpu.wgmma(accumulator, a, b)
 
-    return pl.run_state(add)(tuple(plgpu.ACC.init(c) for c, _, _ in sums))
+    return pl.run_state(add)(tuple(plgpu.WGMMAAccumulatorRef.init(c) for c, _, _ in sums))
 
 
 def _as_operand(plan: _Plan, ref: dict[str, Any], scores):

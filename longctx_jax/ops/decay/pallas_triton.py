@@ -18,6 +18,7 @@ imports this file but `select.py`, when it runs it.
 
 import dataclasses
 import functools
+import math
 import warnings
 
 import jax
@@ -25,10 +26,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from longctx_jax.ops.decay import recurrent
 from longctx_jax.ops.decay.facts import Facts
 from longctx_jax.ops.decay.kernel_inputs import (
-    LOG2_E,
     NO_MEMORY,
     decay_inputs,
     pad_state,
@@ -70,8 +69,10 @@ def tiling(d_key: int, d_value: int, dtype: DType, n_rows: int, seq: int) -> Til
     """
     if jnp.dtype(dtype).itemsize == 2:
         chunk, block, n_warps = (64, 64, 4) if d_key <= 128 else (64, 16, 8)
-    else:  # TF32 operands take twice the registers
-        chunk, block, n_warps = (64, 32, 4) if d_key <= 64 else (16, 32, 4)
+    elif d_key <= 64:  # TF32 operands take twice the registers
+        chunk, block, n_warps = 64, 16 if d_key <= 32 else 32, 4
+    else:
+        chunk, block, n_warps = 16, 32, 4
     block = min(d_value, block)
     n_blocks = n_rows * (d_value // block)
     n_chunks = -(-seq // chunk)
@@ -157,11 +158,11 @@ def walk(
     widths = [max(MIN_WIDTH, pl.next_power_of_2(d)) for d in (d_key, d_value)]
     x, y, z = pad_width(x, widths[0]), pad_width(y, widths[0]), pad_width(z, widths[1])
     state = pad_state(state, *widths)
-    tiles = tiles or tiling(*widths, x.dtype, batch * n_heads, seq)
+    tiles = tiles or tiling(widths[0], widths[1], x.dtype, batch * n_heads, seq)
     chunk = tiles.chunk_len
     precision = _precision(x.dtype, interpret)
     decay = decay_inputs(log_decay, reset, seq, chunk, is_exact=precision is not None)
-    chunks_per_segment = -(-(-(-seq // chunk)) // tiles.n_segments)
+    chunks_per_segment = math.ceil(math.ceil(seq / chunk) / tiles.n_segments)
     segment_len = chunks_per_segment * chunk
     n_segments = -(-seq // segment_len)
     call = functools.partial(
@@ -175,14 +176,14 @@ def walk(
         interpret=interpret,
     )
     if n_segments > 1:
-        added = call(None, y, z, None, n_heads=n_heads)
+        (added,) = call(None, y, z, None, n_heads=n_heads)
         state = states_before_segments(
             added, state, log_decay, reset, seq, segment_len, is_backwards=is_backwards
         )
     elif state is not None:
         state = state[:, :, None]
     out, last = call(x, y, z, state, n_heads=n_heads, out_dtype=out_dtype)
-    return out[..., :d_value], last[..., :d_key, :d_value]
+    return out[..., :d_value], last[:, :, 0, :d_key, :d_value]
 
 
 def _call(
@@ -201,9 +202,9 @@ def _call(
     n_heads,
     out_dtype=None,
 ):
-    """Runs the kernel over (value tiles, segments, batch * heads).
+    """Runs the kernel over (value tiles, segments, batch * heads); returns [out, states].
 
-    x None: only the segments' own states, of all segments but the last one walked.
+    x None: [states] alone, the segments' own, of all segments but the last one walked.
     """
     batch, seq, _, d_key = y.shape
     d_value, block = z.shape[-1], tiles.block_value
@@ -284,8 +285,7 @@ def _call(
         interpret=interpret,
         name="decay_attention_states" if states_only else "decay_attention_walk",
     )
-    outputs = _quietly(run, *given.values())
-    return outputs[0] if states_only else (outputs[0], outputs[1][:, :, 0])
+    return _quietly(run, *given.values())
 
 
 def _precision(dtype, interpret: bool):
@@ -308,8 +308,7 @@ def _kernel(
 ):
     """One block: walks the chunks of its segment, the state in registers."""
     ref = dict(zip(names, refs, strict=False))
-    out_ref = None if states_only else refs[-2]
-    last_ref = refs[-1]
+    out_ref, last_ref = refs[-2:]  # states_only: there is no out_ref, and none is used
     is_ragged = seq % chunk != 0
     n_chunks = -(-seq // chunk)
     segment = pl.program_id(1) + (1 if states_only and is_backwards else 0)
@@ -353,11 +352,8 @@ def _kernel(
         written = (y * write[:, None]).astype(y.dtype)
         return state * forget + dot(written, z, trans_a=True)
 
-    if "state" in ref:
-        state = ref["state"][...]
-    else:
-        state = jnp.zeros(last_ref.shape, jnp.float32)
-    state = jax.lax.fori_loop(0, n_own, advance, state)
+    start = ref["state"][...] if "state" in ref else jnp.zeros(last_ref.shape, jnp.float32)
+    state = jax.lax.fori_loop(0, n_own, advance, start)
     if states_only or n_segments == 1:
         last_ref[...] = state
     else:
@@ -416,15 +412,14 @@ def step(
     query, key = pad_width(query, widths[0]), pad_width(key, widths[0])
     value = pad_width(value, widths[1])
     padded = pad_state(state, *widths)
+    assert padded is not None
     keep = jnp.broadcast_to(jnp.exp(jnp.maximum(log_decay, NO_MEMORY)), (batch, heads))
     if reset is not None:
         keep = jnp.where(reset, 0.0, keep)
     block = min(widths[1], 32)
 
     def row(width, is_tiled=False):
-        return pl.BlockSpec(
-            (None, None, width), lambda tile, h, b: (b, h, tile if is_tiled else 0)
-        )
+        return pl.BlockSpec((None, None, width), lambda tile, h, b: (b, h, tile if is_tiled else 0))
 
     tile = pl.BlockSpec((None, None, widths[0], block), lambda tile, h, b: (b, h, 0, tile))
     run = pl.pallas_call(

@@ -1,6 +1,6 @@
 """The recursion: halve the sequence; what the second half sees of the first has low rank.
 
-    O over [a, b) = ( O over [a, m),  O over [m, b) + (read . Q) S ),   S = (write . K)^T V of [a, m)
+    O over [a, b) = ( O over [a, m),  O over [m, b) + (read . Q) S ),   S = (write . K)^T V, [a, m)
 
 Down to tiles of LEAF_LEN tokens, computed directly. Decays are measured from the midpoint m, so all
 are powers with positive distance. O(seq log seq) work: an independent check and a baseline.

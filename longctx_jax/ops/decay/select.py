@@ -42,11 +42,30 @@ def _leaf(module: str, function: str):
     return call
 
 
+def _unsupported(module: str):
+    """Returns the capability check of a kernel file, which is loaded on a GPU only."""
+
+    def check(facts: Facts) -> str:
+        if facts.platform != "gpu":
+            return f"a GPU kernel, and jax runs on {facts.platform}"
+        try:
+            return _leaf(module, "unsupported")(facts)
+        except ImportError as error:  # a backend that this jax no longer or not yet has
+            return f"this jax cannot load it: {error}"
+
+    return check
+
+
 IMPLEMENTATIONS = (
     Implementation(
         "pallas_triton",
         _leaf("pallas_triton", "decay_attention_pallas_triton"),
-        unsupported=_leaf("pallas_triton", "unsupported"),
+        unsupported=_unsupported("pallas_triton"),
+    ),
+    Implementation(
+        "pallas_mosaic_gpu",
+        _leaf("pallas_mosaic_gpu", "decay_attention_pallas_mosaic_gpu"),
+        unsupported=_unsupported("pallas_mosaic_gpu"),
     ),
     Implementation("two_pass", two_pass.decay_attention_two_pass),
     Implementation("chunked", chunked.decay_attention_chunked),
@@ -54,9 +73,7 @@ IMPLEMENTATIONS = (
     Implementation("prefix", prefix.decay_attention_prefix),
     Implementation("quadratic", quadratic.decay_attention_quadratic),
     Implementation("recurrent", recurrent.decay_attention_recurrent),
-    Implementation(
-        "causal_dot_product", causal_dot_product.decay_attention_causal_dot_product
-    ),
+    Implementation("causal_dot_product", causal_dot_product.decay_attention_causal_dot_product),
     Implementation("recursion", recursion.decay_attention_recursion),
     Implementation("fleet", fleet.decay_attention_fleet),
     Implementation("reference", reference.decay_attention_reference),
@@ -64,9 +81,7 @@ IMPLEMENTATIONS = (
 STEPS = (
     Implementation("recurrent", recurrent.step),
     Implementation(
-        "pallas_triton",
-        _leaf("pallas_triton", "step"),
-        unsupported=_leaf("pallas_triton", "unsupported"),
+        "pallas_triton", _leaf("pallas_triton", "step"), unsupported=_unsupported("pallas_triton")
     ),
 )
 CHUNKED = ("two_pass", "chunked", "block", "prefix", "recursion")  # take chunk_len
@@ -214,7 +229,7 @@ class Explanation:
 def explain(
     query: Any, key: Any, value: Any, log_decay: Any, *, for_training: bool = True
 ) -> Explanation:
-    """Returns what `decay_attention(..., implementation="auto")` takes for these arguments, and why.
+    """Returns which form `decay_attention` takes by itself for these arguments, and why.
 
     Args:
         query: array or `jax.ShapeDtypeStruct`, as are the others; see `decay_attention`.
@@ -232,19 +247,20 @@ def explain(
 @functools.cache
 def explain_facts(facts: Facts) -> Explanation:
     """Returns the explanation for given facts: a pure function of them and the recorded table."""
-    row = table.nearest_row(facts, table.load_table(facts.device))
-    measured = {} if row is None else row["training_ms" if facts.for_training else "forward_ms"]
+    row = table.nearest_row(facts, table.load_table(facts.device)) or {}
+    measured = row.get("training_ms" if facts.for_training else "forward_ms", {})
+    where = "measured at batch={batch} heads={heads} seq={seq}".format_map(row) if row else ""
     able, unable = [], []
     for implementation in IMPLEMENTATIONS:
+        name = implementation.name
         if reason := implementation.unsupported(facts) or implementation.unattractive(facts):
-            unable.append(Candidate(implementation.name, None, f"passed over: {reason}"))
-        elif implementation.name in measured:
-            where = f"measured at batch={row['batch']} heads={row['heads']} seq={row['seq']}"
-            able.append(Candidate(implementation.name, measured[implementation.name], where))
+            unable.append(Candidate(name, None, f"passed over: {reason}"))
+        elif name in measured:
+            able.append(Candidate(name, measured[name], where))
         else:
-            ms = 1e3 * cost.seconds(implementation.name, facts)
-            able.append(Candidate(implementation.name, ms, "modelled"))
+            able.append(Candidate(name, 1e3 * cost.seconds(name, facts), "modelled"))
     # Measured forms first: a measurement and a model do not share a clock.
+    # Of equals the first in IMPLEMENTATIONS: the sort is stable.
     able.sort(key=lambda c: (c.source == "modelled", c.ms))
     return Explanation(facts, able[0].name, (*able, *unable))
 

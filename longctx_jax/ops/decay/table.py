@@ -67,7 +67,8 @@ def write_table(
     path = table_path(device, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    text = f'{{"device": {json.dumps(device)}, "about": {json.dumps(about)},\n "rows": [\n{lines}\n]}}\n'
+    head = f'{{"device": {json.dumps(device)}, "about": {json.dumps(about)},\n "rows": [\n'
+    text = f"{head}{lines}\n]}}\n"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -1,0 +1,93 @@
+"""Bits per byte by context length: python -m scripts.context RUN [RUN ...] --out=FILE.jsonl.
+
+RUN is a work directory, or a folder of them. The same bytes are read in stripes of each length that
+start with an empty cache, so a length is the most that any token can look back on. Writes a JSON
+line a run and length, and draws FILE with .png.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from scripts import common
+
+_OUT = flags.DEFINE_string("out", "runs/context.jsonl", "JSON-lines file; its figure beside it.")
+_LENGTHS = flags.DEFINE_list("lengths", ["512", "2048", "8192", "32768"], "Tokens a stripe.")
+_MAX_BYTES = flags.DEFINE_integer("max_bytes", 65_536, "Bytes of the split.", lower_bound=1)
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+
+
+def context_lengths() -> list[int]:
+    """Returns the lengths asked for.
+
+    Raises:
+        UsageError: if one of them is not a number of tokens that fits max_bytes.
+    """
+    for length in _LENGTHS.value:
+        if not length.isdigit() or not 0 < int(length) <= _MAX_BYTES.value:
+            raise common.UsageError(
+                f"--lengths must be between 1 and --max_bytes={_MAX_BYTES.value}: got {length}"
+            )
+    return sorted(map(int, _LENGTHS.value))
+
+
+def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
+    """Returns a row a length of the run in `folder`."""
+    import jax
+
+    from longctx_jax import data
+    from scripts import assembly
+
+    run = assembly.restore_run(str(folder))
+    config, model = run.config, run.model.config
+    stream = data.load_source(config.data)[_SPLIT.value]
+    rows = []
+    for length in lengths:
+        config.eval.batch_size = max(1, _MAX_BYTES.value // length)
+        config.eval.cache_len = length
+        config.eval.seq_len = min(length, 512)
+        result = assembly.evaluate_split(
+            config, run.model, run.variables, stream, max_bytes=_MAX_BYTES.value
+        )
+        row = {
+            "suite": "context",
+            "data": config.data.name,
+            "split": _SPLIT.value,
+            "pattern": model.pattern,
+            "decay_kind": model.decay.kind if "decay" in model.pattern else "",
+            "context_len": length,
+            **result,
+            "step": run.step,
+            "train_seq_len": config.data.seq_len,
+            "train_tokens": run.step * config.data.seq_len * config.data.global_batch_size,
+            "n_parameters": sum(x.size for x in jax.tree.leaves(run.variables["params"])),
+        }
+        print(f"{folder.name} context {length}: {row['bits_per_byte']:.4f}", file=sys.stderr)
+        rows.append(row)
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """Measures every run, records, draws."""
+    if not arguments:
+        raise common.UsageError("scripts.context needs a run: got none; name its work directory")
+    lengths = context_lengths()
+    from longctx_jax.benchmarking import plots, timing
+
+    command = "python -m scripts.context " + " ".join(sys.argv[1:])
+    fields = timing.environment(command)
+    out = pathlib.Path(_OUT.value)
+    rows = []
+    for folder in common.find_runs(arguments):
+        measured = [row | fields for row in measure(folder, lengths)]
+        timing.write_rows(out, measured)
+        rows += measured
+    picture = out.with_suffix(".png")
+    plots.draw_context_curves(rows).savefig(picture)
+    print(f"wrote {len(rows)} rows to {out}, and {picture}")
+
+
+if __name__ == "__main__":
+    common.run(main, accept_args=True)
