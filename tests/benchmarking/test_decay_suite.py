@@ -142,7 +142,7 @@ def test_calls_of_one_run_are_the_same_as_calls_alone():
 def test_short_calls_share_a_run_on_a_gpu_only(monkeypatch):
     tiny = dataclasses.replace(H200, batch=1, seq=128, heads=16)
     assert decay_cases.inner_calls("two_pass", dataclasses.replace(tiny, platform="cpu")) == 1
-    assert decay_cases.inner_calls("quadratic", tiny) == decay_cases.MAX_INNER
+    assert decay_cases.inner_calls("pallas_triton", tiny) == decay_cases.MAX_INNER
     assert decay_cases.inner_calls("recurrent", tiny) == 1
     monkeypatch.setattr(decay_cases, "inner_calls", lambda name, facts: 2)
     inputs = decay_cases.make_inputs(FACTS, 3)

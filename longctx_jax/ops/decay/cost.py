@@ -1,6 +1,6 @@
 """What each form of decay attention should cost on a device: floating-point work, bytes, steps.
 
-    time = max(flops / rate, bytes / bandwidth) + steps * time of a step
+    time = max(flops / rate, bytes / bandwidth) + loop steps and launches times what one takes
 
 A model, meant to order the forms where nothing has been measured (`table.py` has measurements); its
 constants are round numbers of a device class, not of one machine. docs/decay.md derives the counts.
@@ -21,15 +21,16 @@ class Device:
     matrix_flops_32: float  # a second, float32 products as XLA runs them
     vector_flops: float  # a second
     bandwidth: float  # bytes a second
-    step_s: float  # one step of an XLA loop: its kernels' launches
+    launch_s: float  # one kernel of an XLA program
+    step_s: float  # one step of an XLA loop
     walk_s: float  # one chunk of a fused kernel's loop: the latency of its chain of products
     n_units: int  # multiprocessors or cores
 
 
 DEVICES = {
-    "gpu": Device(500e12, 250e12, 50e12, 3e12, 12e-6, 1.7e-6, 132),
-    "tpu": Device(300e12, 50e12, 10e12, 1.5e12, 5e-6, 1e-6, 1),
-    "cpu": Device(5e10, 5e10, 5e10, 1e10, 1.5e-6, 5e-6, 1),
+    "gpu": Device(500e12, 250e12, 50e12, 3e12, 3e-6, 12e-6, 1.7e-6, 132),
+    "tpu": Device(300e12, 50e12, 10e12, 1.5e12, 2e-6, 5e-6, 1e-6, 1),
+    "cpu": Device(5e10, 5e10, 5e10, 1e10, 2e-6, 1.5e-6, 5e-6, 1),
 }
 
 
@@ -41,6 +42,7 @@ class Cost:
     vector_flops: float
     bytes: float
     steps: float  # sequential steps of an XLA loop
+    launches: int = 6  # kernels outside loops
     walk: float = 0.0  # chunks a block of a fused kernel walks
     n_blocks: float = 1e9  # independent blocks of a fused kernel
 
@@ -68,15 +70,22 @@ def cost(name: str, facts: Facts) -> Cost:
     rows = facts.batch * facts.heads * -(-v // 64)
     n_segments = max(1, min(16, 264 // rows, n_chunks // 4)) if rows < 132 else 1
     twice = n * item * (k + v) if n_segments > 1 else 0.0
-    kernel = Cost(tiles, 0, ends + twice, 0, n_chunks / n_segments, rows * n_segments)
+    launches = 4 if n_segments > 1 else 1
+    kernel = Cost(tiles, 0, ends + twice, 0, launches, n_chunks / n_segments, rows * n_segments)
     return {
         "reference": Cost(0, 2 * n * seq * (k + v) + 4 * n * k * v, ends + 3 * squares, 0),
         "quadratic": Cost(2 * n * seq * (k + v) + 4 * n * k * v, 0, ends + squares, 0),
-        "recurrent": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0),
+        "recurrent": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0, 2),
         "causal_dot_product": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0),
         "block": Cost(tiles, 0, ends + scores, 3 * n_chunks),
         "chunked": Cost(tiles, 0, ends + scores, 3 * n_chunks),
-        "recursion": Cost(tiles + 2 * n * k * v * log_chunks, 0, ends * log_chunks + scores, 0),
+        "recursion": Cost(
+            tiles + 2 * n * k * v * log_chunks,
+            0,
+            ends * log_chunks + scores,
+            0,
+            6 + 5 * log_chunks,
+        ),
         "fleet": Cost(0, 8 * n * k * v, 12 * n * k * v, k * 2 * seq.bit_length()),
         "prefix": Cost(tiles, 0, ends + scores + 8 * states, 2 * log_chunks),
         "two_pass": Cost(tiles, 0, ends + scores + 4 * states, n_chunks),
@@ -95,4 +104,4 @@ def seconds(name: str, facts: Facts) -> float:
     if c.walk:  # blocks beyond what the device holds at once take turns
         waves = max(1.0, c.n_blocks / (2 * device.n_units))
         time = max(time, c.walk * device.walk_s * waves)
-    return (4 if facts.for_training else 1) * time + 5e-6
+    return (4 if facts.for_training else 1) * (time + c.launches * device.launch_s)

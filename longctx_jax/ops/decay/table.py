@@ -17,9 +17,9 @@ FOLDER = pathlib.Path(__file__).parent / "tables"
 NEAR = 2.0  # doublings: sum over the axes (batch * heads, seq, key width, value width)
 
 
-def table_path(device: str, folder: pathlib.Path = FOLDER) -> pathlib.Path:
+def table_path(device: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     """Returns the file of a kind of device, e.g. tables/nvidia_h200.json."""
-    return folder / f"{device.lower().replace(' ', '_')}.json"
+    return (folder or FOLDER) / f"{device.lower().replace(' ', '_')}.json"
 
 
 @functools.cache
@@ -54,7 +54,10 @@ def _distance(facts: Facts, row: dict[str, Any]) -> float:
 
 
 def write_table(
-    device: str, rows: list[dict[str, Any]], about: dict[str, Any], folder: pathlib.Path = FOLDER
+    device: str,
+    rows: list[dict[str, Any]],
+    about: dict[str, Any],
+    folder: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Writes the rows of a kind of device, replacing its file; returns the path.
 
@@ -62,7 +65,7 @@ def write_table(
         device: jax's device_kind.
         rows: see `load_table`.
         about: versions, date and command of the recording.
-        folder: where tables lie.
+        folder: where tables lie; None = `FOLDER`.
     """
     path = table_path(device, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
