@@ -103,8 +103,10 @@ def n_params(c, heads_of_layers):
     total = embedding + norm
     for kind in heads_of_layers:
         if kind == "decay":
-            mixer = c.d_model * c.n_heads * (2 * c.d_key + 3 * c.d_value) + c.d_value
+            kv = c.n_kv_heads * (c.d_key + c.d_value)
+            mixer = c.d_model * (c.n_heads * (c.d_key + 2 * c.d_value) + kv) + c.d_value
             mixer += c.decay.conv_len * c.d_model
+            mixer += (c.d_model + 1) * c.n_heads * (c.decay.kind == "gated")
         else:
             query_and_out = c.n_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))

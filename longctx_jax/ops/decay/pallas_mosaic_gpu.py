@@ -40,6 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longctx_jax.ops.decay.facts import Facts
 from longctx_jax.ops.decay.kernel_inputs import (
     LOG2_E,
+    RESET,
     pad_state,
     pad_width,
     states_before_segments,
@@ -56,7 +57,6 @@ WARPGROUPS_PER_MULTIPROCESSOR = 2  # with about 240 registers a thread
 MEMORY_REGISTERS = 40  # a thread of the warpgroup that fetches; the others get 232
 MAX_SEGMENTS = 16
 MIN_CHUNKS_PER_SEGMENT = 4
-NOTHING_LEFT = -160.0  # log2: exp2 of it is 0 in float32, and 64 of them keep 3 digits of a sum
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _IS_NEW = jax.__version_info__ >= (0, 11)  # the API changed from 0.10 to 0.11
 
@@ -259,7 +259,7 @@ def _sums_of_chunks(log_decay: jax.Array, reset: jax.Array | None, seq: int) -> 
         if reset is not None:
             logs = jnp.where(reset, -jnp.inf, logs)
         logs = jnp.swapaxes(_whole_chunks(logs), 1, 2)
-    logs = jnp.maximum(LOG2_E * logs.astype(jnp.float32), NOTHING_LEFT)
+    logs = jnp.maximum(LOG2_E * logs.astype(jnp.float32), RESET)
     sums = log_sums(logs.reshape(*logs.shape[:2], -1, CHUNK_LEN))
     total = sums.coarse + sums.fine
     return jnp.stack([total, total], axis=3)
