@@ -9,6 +9,7 @@ import pytest
 from configs import base
 from longctx_jax.models import build_model
 from longctx_jax.models.config import ModelConfig, model_config, nearest_divisor
+from longctx_jax.models.stack import layer_places
 from tests.helpers import assert_close, assert_trees_close, random_variables
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9), np.int32)
@@ -125,6 +126,12 @@ def test_parameter_count(model_name, model_fields):
     expected = n_params(model.config, model.config.pattern * repeats)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
+
+
+def test_each_layer_knows_its_place_in_a_pattern():
+    model = build_model({"n_layers": 6, "pattern": ("decay", "decay", "sliding")})
+    places = layer_places(model.config)
+    assert np.array_equal(places, [[0, 3], [1, 4], [2, 5]])
 
 
 def test_layers_start_differently():

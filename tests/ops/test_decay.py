@@ -56,6 +56,12 @@ CASES = [
 MOSTLY_SLOW = [case(form, is_fast=form in MAIN) for form in FORMS]
 
 
+def slow_but(kind):
+    """Every form with both kinds of decay; fast for the main forms with the kind named."""
+    kinds = ("constant", "per_token")
+    return [case(f, k, is_fast=f in MAIN and k == kind) for f in FORMS for k in kinds]
+
+
 def make_inputs(shape, log_decays=LOG_DECAYS, kind="constant"):
     """Returns float64 (query, key, value, log_decay, state), reset, chunk_len and cotangents.
 
@@ -134,8 +140,7 @@ def test_values_and_gradients(form, shape, kind):
     assert_trees_close(actual[1], expected[1], rel_rms=GRADIENT_TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("kind", ["constant", "per_token"])
-@pytest.mark.parametrize("form", MOSTLY_SLOW)
+@pytest.mark.parametrize(("form", "kind"), slow_but("per_token"))
 def test_float64(form, kind):
     arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3", kind=kind)
     expected = loop(arrays, reset, cotangents)
@@ -146,8 +151,7 @@ def test_float64(form, kind):
     assert_trees_close(actual[1], expected[1], rel_rms=GRADIENT_TOLERANCE["float64"])
 
 
-@pytest.mark.parametrize("kind", ["constant", "per_token"])
-@pytest.mark.parametrize("form", MOSTLY_SLOW)
+@pytest.mark.parametrize(("form", "kind"), slow_but("constant"))
 def test_bfloat16(form, kind):
     arrays, reset, chunk_len, cotangents = make_inputs("chunks_of_3", kind=kind)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays[:3]]
@@ -225,11 +229,17 @@ def test_calls_chain(form, lengths):
     assert_close(state, expected[1], rel_rms=TOLERANCE["float32"])
 
 
-HEADS = {"grouped_query": (4, 2, 2, 4), "state_space": (1, 1, 4, 4), "one_decay": (4, 4, 4, 1)}
+HEADS = {"grouped_query": (4, 2, 2, 4), "state_space": (1, 1, 4, 4), "two_decays": (4, 4, 4, 2)}
 
 
-@pytest.mark.parametrize("kind", ["constant", "per_token"])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("heads", "kind"),
+    [
+        case(heads, kind, is_fast=kind == "per_token" or heads == "state_space")
+        for heads in HEADS
+        for kind in ("constant", "per_token")
+    ],
+)
 def test_heads_are_shared(heads, kind):
     (q, k, v, g, state), reset, _, cotangents = make_inputs("chunks_of_3", kind=kind)
     counts = dict(zip(("q", "k", "v", "g"), HEADS[heads], strict=True))
@@ -322,11 +332,9 @@ def test_every_power_is_exact_at_a_large_distance():
     assert_close(out[0, -1, 0, 0], np.exp(-1e-4 * 2999), rel_rms=1e-12)
 
 
-@pytest.mark.parametrize("seq", [1, 2])
-def test_the_automatic_choice(seq):
-    facts = Facts("gpu", "no such device", "bfloat16", 8, seq, 4, 64, 64)
-    expected = "recurrent" if seq == 1 else "quadratic"
-    assert explain_facts(facts).chosen == expected
+def test_one_token_takes_the_recurrence():
+    facts = Facts("cpu", "no such device", "bfloat16", 8, 1, 4, 64, 64)
+    assert explain_facts(facts).chosen == "recurrent"
 
 
 def test_explain_says_what_auto_takes_and_why():

@@ -13,7 +13,7 @@ from longctx_jax.ops.decay.facts import Facts
 from longctx_jax.ops.decay.linear_vjp import share_heads
 from longctx_jax.ops.decay.pallas_triton import Tiling
 from longctx_jax.ops.decay.reference import decay_attention_reference
-from tests.helpers import assert_close, assert_trees_close, lower_for_cuda, make_normal
+from tests.helpers import assert_trees_close, lower_for_cuda, make_normal
 
 LOG_DECAYS = np.array([np.log(0.9), -0.01, 0.0, -np.inf])
 # name -> seq, key, value, decay, has resets, has a state, tiling
@@ -59,16 +59,29 @@ def both_walks(name, is_backwards, dtype="float32"):
     return kernel(x, y, z, decay, state), plain(x, y, z, decay, state)
 
 
-@pytest.mark.parametrize("is_backwards", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("name", WALKS)
+FAST = {"one_token": (True,), "segments_even": (False,), "everything": (False, True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_backwards"),
+    [
+        pytest.param(
+            name,
+            is_backwards,
+            id=f"{name}-{'backwards' if is_backwards else 'forwards'}",
+            marks=() if is_backwards in FAST.get(name, ()) else pytest.mark.slow,
+        )
+        for name in WALKS
+        for is_backwards in (False, True)
+    ],
+)
 def test_walk(name, is_backwards):
     actual, expected = both_walks(name, is_backwards)
     assert_trees_close(actual, expected, rel_rms=1e-6)  # seen: 3e-7
 
 
-@pytest.mark.parametrize("is_backwards", [False, True], ids=["forwards", "backwards"])
-def test_walk_in_bfloat16(is_backwards):
-    actual, expected = both_walks("everything", is_backwards, "bfloat16")
+def test_walk_in_bfloat16():
+    actual, expected = both_walks("everything", True, "bfloat16")
     assert_trees_close(actual, expected, rel_rms=5e-3)  # seen: 3e-3
 
 
@@ -126,13 +139,11 @@ def test_no_gradient_of_the_decay_keeps_the_dtype_of_the_others():
         decay = jax.ShapeDtypeStruct((2,), jnp.float32)
         return str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(x, x, x, decay))
 
-    wide = "ShapeDtypeStruct(shape=(1, 64, 2, 16), dtype=float32"
     narrow, both = run((0, 1, 2)), run((0, 1, 2, 3))
-    assert narrow.count("f32[1,64,2,16]") < both.count("f32[1,64,2,16]"), wide
+    assert narrow.count("f32[1,64,2,16]") < both.count("f32[1,64,2,16]")
 
 
-@pytest.mark.parametrize("has_reset", [False, True], ids=["", "reset"])
-@pytest.mark.parametrize("kind", ["constant", "per_token"])
+@pytest.mark.parametrize(("kind", "has_reset"), [("constant", True), ("per_token", False)])
 def test_step(kind, has_reset):
     q, k = (jnp.float32(make_normal(i, 2, 4, 20)) for i in range(2))
     v, state = jnp.float32(make_normal(2, 2, 4, 48)), jnp.float32(make_normal(3, 2, 4, 20, 48))
@@ -154,9 +165,9 @@ TARGET = "__gpu$xla.gpu.triton"
     [
         ("bfloat16", 64, 64, 4096, "constant"),
         ("bfloat16", 128, 128, 1000, "per_token"),
-        ("bfloat16", 16, 64, 4096, "per_token"),
-        ("bfloat16", 256, 256, 128, "constant"),
-        ("float32", 64, 128, 1000, "constant"),
+        pytest.param("bfloat16", 16, 64, 4096, "per_token", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 256, 256, 128, "constant", marks=pytest.mark.slow),
+        pytest.param("float32", 64, 128, 1000, "constant", marks=pytest.mark.slow),
         ("float32", 128, 128, 4096, "per_token"),
     ],
 )
@@ -210,13 +221,3 @@ def test_unsupported(changes, reason):
     shape = {"batch": 1, "seq": 64, "heads": 2, "d_key": 64, "d_value": 64}
     said = pallas_triton.unsupported(Facts(**(facts | shape | changes)))
     assert reason in said and bool(said) == bool(reason)
-
-
-def test_outputs_are_all_written():
-    """Masked stores of a ragged end: poisoned output would show through."""
-    (x, y, z, decay, state), _, _ = make_walk("odd_widths")
-    run = functools.partial(pallas_triton.walk, reset=None, scale=1.0, is_backwards=False)
-    tiles = Tiling(64, 32, 4, 2)
-    out, last = run(x, y, z, decay, state, out_dtype=jnp.float32, interpret=True, tiles=tiles)
-    assert np.isfinite(np.asarray(out)).all() and np.isfinite(np.asarray(last)).all()
-    assert_close(jnp.count_nonzero(out) / out.size, 1.0, rel_rms=1e-6)
