@@ -25,12 +25,13 @@ class Device:
     step_s: float  # one step of an XLA loop
     walk_s: float  # one chunk of a fused kernel's loop: the latency of its chain of products
     n_units: int  # multiprocessors or cores
+    cache_bytes: float  # what a walked state may take before every step goes to memory
 
 
 DEVICES = {
-    "gpu": Device(500e12, 250e12, 50e12, 3e12, 3e-6, 12e-6, 1.7e-6, 132),
-    "tpu": Device(300e12, 50e12, 10e12, 1.5e12, 2e-6, 5e-6, 1e-6, 1),
-    "cpu": Device(5e10, 5e10, 5e10, 1e10, 2e-6, 1.5e-6, 5e-6, 1),
+    "gpu": Device(500e12, 250e12, 50e12, 3e12, 3e-6, 12e-6, 1.7e-6, 132, 3e7),
+    "tpu": Device(300e12, 50e12, 10e12, 1.5e12, 2e-6, 5e-6, 1e-6, 1, 1e7),
+    "cpu": Device(5e10, 5e10, 5e10, 1e10, 2e-6, 1.5e-6, 5e-6, 1, 1e6),
 }
 
 
@@ -43,6 +44,7 @@ class Cost:
     bytes: float
     steps: float  # sequential steps of an XLA loop
     launches: int = 6  # kernels outside loops
+    walked_bytes: float = 0.0  # the state in and out of every step but one
     walk: float = 0.0  # chunks a block of a fused kernel walks
     n_blocks: float = 1e9  # independent blocks of a fused kernel
 
@@ -64,19 +66,23 @@ def cost(name: str, facts: Facts) -> Cost:
     states = 4 * n * k * v / chunk  # bytes of one float32 state a chunk
     scores = n * chunk * (4 + 4 + item)  # scores, mask and cast scores through memory
     squares = n * seq * (4 + 4 + item)
-    walked = 8 * (n - n / seq) * k * v  # the state in and out of every step but one
+    steps = seq if seq > 1 else 0
+    walked = 8 * (n - n / seq) * k * v
+    kept = walked if facts.for_training else 0.0  # states that reverse mode saves
     log_chunks = max(n_chunks - 1, 1).bit_length()
     # A block of 64 value columns; few rows are cut into segments, which reads key and value twice.
     rows = facts.batch * facts.heads * -(-v // 64)
     n_segments = max(1, min(16, 264 // rows, n_chunks // 4)) if rows < 132 else 1
     twice = n * item * (k + v) if n_segments > 1 else 0.0
     launches = 4 if n_segments > 1 else 1
-    kernel = Cost(tiles, 0, ends + twice, 0, launches, n_chunks / n_segments, rows * n_segments)
+    kernel = Cost(
+        tiles, 0, ends + twice, 0, launches, 0.0, n_chunks / n_segments, rows * n_segments
+    )
     return {
         "reference": Cost(0, 2 * n * seq * (k + v) + 4 * n * k * v, ends + 3 * squares, 0),
         "quadratic": Cost(2 * n * seq * (k + v) + 4 * n * k * v, 0, ends + squares, 0),
-        "recurrent": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0, 2),
-        "causal_dot_product": Cost(0, 6 * n * k * v, ends + walked, seq if seq > 1 else 0),
+        "recurrent": Cost(0, 6 * n * k * v, ends + kept, steps, 2, walked),
+        "causal_dot_product": Cost(0, 6 * n * k * v, ends, steps, 6, walked),
         "block": Cost(tiles, 0, ends + scores, 3 * n_chunks),
         "chunked": Cost(tiles, 0, ends + scores, 3 * n_chunks),
         "recursion": Cost(
@@ -100,7 +106,9 @@ def seconds(name: str, facts: Facts) -> float:
     c = cost(name, facts)
     rate = device.matrix_flops if facts.dtype == "bfloat16" else device.matrix_flops_32
     work = c.matrix_flops / rate + c.vector_flops / device.vector_flops
-    time = max(work, c.bytes / device.bandwidth) + c.steps * device.step_s
+    state_bytes = 4 * facts.batch * facts.heads * facts.d_key * facts.d_value
+    n_bytes = c.bytes + (c.walked_bytes if state_bytes > device.cache_bytes else 0.0)
+    time = max(work, n_bytes / device.bandwidth) + c.steps * device.step_s
     if c.walk:  # blocks beyond what the device holds at once take turns
         waves = max(1.0, c.n_blocks / (2 * device.n_units))
         time = max(time, c.walk * device.walk_s * waves)
