@@ -31,7 +31,7 @@ SHAPES = {
     "chunk_over_seq": (1, 7, 2, 3, 9, True, (0,)),
 }
 LOG_DECAYS = np.array([np.log(0.9), np.log(0.5), 0.0, -np.inf])
-MAIN = ("two_pass", "chunked")  # what "auto" takes without a GPU; the others are mostly slow tests
+MAIN = ("two_pass", "chunked")  # one of each way to differentiate; the others are mostly slow
 HAVE_CHUNKS = (*MAIN, "block", "prefix", "recursion")
 FAST = {
     "two_pass": ("one_token", "chunk_minus_1", "chunks_of_1", "chunk_over_seq"),
@@ -361,6 +361,13 @@ def test_explain_says_what_auto_takes_and_why():
 def test_shapes_that_contradict(shapes, message):
     with pytest.raises(ValueError, match=message):
         explain(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+
+
+@pytest.mark.parametrize("log_decay", [[0.9, 0.5], [-0.1, np.nan]], ids=["lambda", "nan"])
+def test_a_decay_that_grows_is_refused(log_decay):
+    x = jnp.zeros((1, 2, 2, 2))
+    with pytest.raises(ValueError, match="log_decay must be <= 0, the log of what a token keeps"):
+        decay_attention(x, x, x, jnp.asarray(log_decay))
 
 
 @pytest.mark.parametrize("chunk_len", [0, -3])

@@ -34,7 +34,7 @@ from longctx_jax.ops.decay.kernel_inputs import (
     pad_width,
     states_before_segments,
 )
-from longctx_jax.ops.decay.linear_vjp import differentiable
+from longctx_jax.ops.decay.linear_vjp import differentiable, share_heads
 from longctx_jax.typing import Array, Bool, DType, Float
 
 N_MULTIPROCESSORS = 132  # of an H100 or H200; only balances segments
@@ -153,6 +153,10 @@ def walk(
         interpret: run in the interpreter, anywhere.
         tiles: None = `tiling`.
     """
+    if x.shape[1] == 1 and not is_backwards:
+        options = {"reset": reset, "scale": scale, "interpret": interpret}
+        out, last = _one_token(x, y, z, log_decay, state, **options)
+        return out.astype(out_dtype), last
     batch, seq, _, d_key = x.shape
     d_value, n_heads = z.shape[-1], log_decay.shape[-1]
     widths = [max(MIN_WIDTH, pl.next_power_of_2(d)) for d in (d_key, d_value)]
@@ -184,6 +188,19 @@ def walk(
         state = state[:, :, None]
     out, last = call(x, y, z, state, n_heads=n_heads, out_dtype=out_dtype)
     return out[..., :d_value], last[:, :, 0, :d_key, :d_value]
+
+
+def _one_token(x, y, z, log_decay, state, *, reset, scale, interpret):
+    """A walk over one token, as decoding has it: the step's kernel, without a tile of padding."""
+    n_heads = log_decay.shape[-1]
+    x, y, z = (share_heads(a, n_heads)[:, 0] for a in (x, y, z))
+    if state is None:
+        state = jnp.zeros((x.shape[0], n_heads, x.shape[-1], z.shape[-1]), jnp.float32)
+    log_decay = log_decay if log_decay.ndim == 1 else log_decay[:, 0]
+    reset = None if reset is None else reset[:, 0]
+    options = {"reset": reset, "scale": scale, "interpret": interpret}
+    out, last = step(x, y, z, log_decay, state, **options)
+    return out[:, None], last
 
 
 def _call(

@@ -6,7 +6,9 @@ import importlib
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from longctx_jax.ops.decay import (
@@ -126,7 +128,8 @@ def decay_attention(
         out in the dtype of value; state [batch, heads, key, value], float32 (float64 for float64).
 
     Raises:
-        ValueError: unknown implementation, chunk_len < 1, or shapes that contradict each other.
+        ValueError: unknown implementation, chunk_len < 1, shapes that contradict each other, or,
+            where the values are known (outside jit), a constant log decay above 0.
         NotImplementedError: if the named implementation cannot run, with the reason.
 
     Source: Wang et al. (2025), arXiv 2501.02573, for the family; see each algorithm's file.
@@ -135,6 +138,8 @@ def decay_attention(
         raise ValueError(
             f"chunk_len must be at least 1: got {chunk_len}; set config.model.decay.chunk_len"
         )
+    if log_decay.ndim == 1 and not isinstance(log_decay, jax.core.Tracer):
+        _require_no_growth(np.asarray(log_decay))
     facts = facts_of(query, key, value, log_decay, for_training)
     name = implementation
     if name == "auto":
@@ -263,6 +268,15 @@ def explain_facts(facts: Facts) -> Explanation:
     # Of equals the first in IMPLEMENTATIONS: the sort is stable.
     able.sort(key=lambda c: (c.source == "modelled", c.ms))
     return Explanation(facts, able[0].name, (*able, *unable))
+
+
+def _require_no_growth(log_decay: np.ndarray) -> None:
+    """Raises if a constant decay is above 1, where its value is known (not under jit)."""
+    if not np.all(log_decay <= 0):
+        raise ValueError(
+            "decay_attention: log_decay must be <= 0, the log of what a token keeps: got "
+            f"{log_decay.tolist()}; pass jnp.log(decay)"
+        )
 
 
 @functools.cache
