@@ -117,8 +117,6 @@ def record(rows: Rows, about: Mapping[str, Any]) -> tuple[Any, list[str]]:
         raise ValueError("a table needs times of decay attention: got none; measure a part first")
     fields = ("date", "revision", "command", "jax_version", "jaxlib_version")
     path = table.write_table(about["device"], recorded, {k: about[k] for k in fields})
-    select.explain_facts.cache_clear()
-    select._choose_automatically.cache_clear()
     return path, wrong_choices(recorded, about["platform"], about["device"])
 
 

@@ -237,6 +237,10 @@ def test_recorded_table_decides(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "table_path", lambda device, folder=None: path_of(device))
     rows = [make_row("prefix", 1.0, 512), make_row("recurrent", 0.5, 512)]
     rows += [make_row("prefix", 2.0, 512, "forward_backward")]
+    others = {i.name for i in select.IMPLEMENTATIONS} - {"prefix", "recurrent"}
+    both = ("forward", "forward_backward")
+    slow = [make_row(name, 50.0, 512, which) for name in others for which in both]
+    rows += slow + [make_row("recurrent", 50.0, 512, "forward_backward")]
     rows += [
         make_row("fla chunk_retention", 0.1, 512, part="peers"),
         make_row("softmax x", 0.1, 512),
@@ -245,20 +249,21 @@ def test_recorded_table_decides(tmp_path, monkeypatch):
     assert path.parent == tmp_path and wrong == []
     facts = dataclasses.replace(FACTS, device="test device", seq=600)
     row = table.nearest_row(facts, table.load_table("test device"))
-    assert row["forward_ms"] == {"prefix": 1.0, "recurrent": 0.5}
-    assert row["training_ms"] == {"prefix": 2.0} and row["heads"] == FACTS.heads
+    assert row["forward_ms"]["prefix"] == 1.0 and row["forward_ms"]["recurrent"] == 0.5
+    assert row["training_ms"]["prefix"] == 2.0 and row["heads"] == FACTS.heads
+    assert not any(name.startswith(("fla ", "softmax")) for name in row["forward_ms"])
     assert select.explain_facts(facts).chosen == "recurrent"
     assert select.explain_facts(dataclasses.replace(facts, for_training=True)).chosen == "prefix"
     # A second recording is seen at once.
-    decay_summary.record([make_row("fleet", 1.0, 512)], ABOUT)
+    fast = make_row("fleet", 0.1, 512)
+    decay_summary.record([r for r in rows if r["name"] != "fleet"] + [fast], ABOUT)
     assert select.explain_facts(facts).chosen == "fleet"
     recorded = decay_summary.table_rows(rows)
     (line,) = decay_summary.wrong_choices(recorded, "cpu", "test device")[:1]
     assert "auto takes fleet" in line and "recurrent took 0.5" in line
     with pytest.raises(ValueError, match="measure a part first"):
         decay_summary.record([make_row("softmax x", 1.0)], ABOUT)
-    for cached in (select.explain_facts, select._choose_automatically, table.load_table):
-        cached.cache_clear()
+    table.load_table.cache_clear()
 
 
 def test_absent_peers_are_rows_too(monkeypatch):

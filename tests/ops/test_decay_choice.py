@@ -29,13 +29,10 @@ def recorded(monkeypatch, tmp_path):
 
     def record(*rows):
         table.write_table("NVIDIA H200", list(rows), {"date": "today"})
-        table.load_table.cache_clear()
-        select.explain_facts.cache_clear()
 
     yield record
     monkeypatch.undo()
     table.load_table.cache_clear()
-    select.explain_facts.cache_clear()
 
 
 def test_flops_and_bytes_of_the_kernel_are_the_papers():
@@ -67,7 +64,9 @@ def test_on_a_gpu_the_model_prefers_a_kernel(seq, batch):
 
 
 def test_what_was_measured_decides(recorded):
-    recorded(make_row({"two_pass": 1.0, "chunked": 2.0}, {"two_pass": 5.0, "chunked": 4.0}))
+    slow = dict.fromkeys(NAMES, 9.0)
+    forward, training = {"two_pass": 1.0, "chunked": 2.0}, {"two_pass": 5.0, "chunked": 4.0}
+    recorded(make_row(slow | forward, slow | training))
     forward = select.explain_facts(make_facts(for_training=False))
     assert forward.chosen == "two_pass" and forward.candidates[0].ms == 1.0
     assert "measured at batch=1 heads=16 seq=4096" in str(forward)
@@ -75,11 +74,12 @@ def test_what_was_measured_decides(recorded):
 
 
 def test_the_nearest_shape_decides_and_far_ones_do_not(recorded):
+    rest = dict.fromkeys(NAMES, 9.0)
     recorded(
-        make_row({}, {"two_pass": 1.0}, seq=4096),
-        make_row({}, {"chunked": 1.0}, seq=16_384),
-        make_row({}, {"block": 1.0}, seq=4096, dtype="float32"),
-        make_row({}, {"prefix": 1.0}, seq=4096, is_per_token=True),
+        make_row({}, rest | {"two_pass": 1.0}, seq=4096),
+        make_row({}, rest | {"chunked": 1.0}, seq=16_384),
+        make_row({}, rest | {"block": 1.0}, seq=4096, dtype="float32"),
+        make_row({}, rest | {"prefix": 1.0}, seq=4096, is_per_token=True),
     )
     chosen = {
         (seq, dtype, per_token): select.explain_facts(
@@ -97,10 +97,50 @@ def test_the_nearest_shape_decides_and_far_ones_do_not(recorded):
 
 
 def test_a_measured_form_that_cannot_run_here_is_passed_over(recorded):
-    recorded(make_row({}, {"pallas_triton": 1.0, "two_pass": 2.0}, d_key=512))
+    times = dict.fromkeys(NAMES, 9.0) | {"pallas_triton": 1.0, "two_pass": 2.0}
+    recorded(make_row({}, times, d_key=512))
     explanation = select.explain_facts(make_facts(d_key=512))
     assert explanation.chosen == "two_pass"
     assert "do not fit the registers: 512" in str(explanation)
+
+
+def test_a_form_that_no_row_has_is_modelled_on_the_clock_of_the_row(recorded):
+    """A kernel that the recording jax did not have is not shut out by slow measurements."""
+    recorded(make_row({}, {"recurrent": 4000.0}))
+    explanation = select.explain_facts(make_facts())
+    assert explanation.chosen in select.KERNELS
+    times = {c.name: c.ms for c in explanation.candidates}
+    modelled = {n: cost.seconds(n, make_facts()) for n in ("recurrent", "pallas_triton")}
+    assert times["pallas_triton"] / times["recurrent"] == pytest.approx(
+        modelled["pallas_triton"] / modelled["recurrent"]
+    )
+
+
+def test_a_form_left_out_of_one_row_is_not_taken_there(recorded):
+    fast = {"pallas_triton": 1.0, "pallas_mosaic_gpu": 1.0}
+    slow = dict.fromkeys(NAMES, 50.0)
+    recorded(make_row({}, slow | fast, seq=512), make_row({}, {"fleet": 2.0}, seq=65_536))
+    explanation = select.explain_facts(make_facts(seq=65_536))
+    assert explanation.chosen == "fleet"
+    assert "not among those measured" in str(explanation)
+
+
+def test_times_grow_with_the_shape(recorded):
+    recorded(make_row({}, dict.fromkeys(NAMES, 1.0)))
+
+    def expected_ms(seq):
+        candidates = select.explain_facts(make_facts(seq=seq)).candidates
+        return next(c.ms for c in candidates if c.name == "two_pass")
+
+    assert expected_ms(4096) == 1.0 and 1.5 < expected_ms(8192) < 2.5
+
+
+def test_a_new_recording_counts_at_once(recorded):
+    slow = dict.fromkeys(NAMES, 9.0)
+    recorded(make_row({}, slow | {"recurrent": 1.0}))
+    assert select.explain_facts(make_facts()).chosen == "recurrent"
+    recorded(make_row({}, slow | {"two_pass": 1.0}))
+    assert select.explain_facts(make_facts()).chosen == "two_pass"
 
 
 def test_table_file_is_readable(recorded, tmp_path):

@@ -127,8 +127,7 @@ def test_gradient_through_vmap_without_a_state():
     assert_trees_close(gradients(run), gradients(decay_attention_reference), rel_rms=1e-5)
 
 
-def test_no_gradient_of_the_decay_keeps_the_dtype_of_the_others():
-    """Where no decay gradient is asked for, the kernels write gradients in the input's dtype."""
+def test_a_decay_that_is_not_differentiated_costs_no_pass():
     x = jax.ShapeDtypeStruct((1, 64, 2, 16), jnp.bfloat16)
 
     def run(argnums):
@@ -140,7 +139,7 @@ def test_no_gradient_of_the_decay_keeps_the_dtype_of_the_others():
         return str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(x, x, x, decay))
 
     narrow, both = run((0, 1, 2)), run((0, 1, 2, 3))
-    assert narrow.count("f32[1,64,2,16]") < both.count("f32[1,64,2,16]")
+    assert both.count("dot_general") > narrow.count("dot_general") + 4  # of the two-pass form
 
 
 @pytest.mark.parametrize(("kind", "has_reset"), [("constant", True), ("per_token", False)])

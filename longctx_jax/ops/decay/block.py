@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.decay import powers
 from longctx_jax.ops.decay.chunks import (
     Pieces,
     backwards,
@@ -70,8 +71,7 @@ def walk_blocks(
     pieces = make_pieces(log_decay, reset, seq, chunk)
     scale_out, scale_in = (1.0, scale) if is_backwards else (scale, 1.0)
 
-    def product(spec, *operands):
-        return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+    product = functools.partial(powers.product, dtype=dtype)
 
     def per_token(factor):  # [..., heads, chunk] -> [..., chunk, heads, 1]
         return jnp.swapaxes(factor, -1, -2)[..., None]

@@ -65,6 +65,7 @@ def cost(name: str, facts: Facts) -> Cost:
     tiles = 2 * n * chunk * (k + v) + 4 * n * k * v  # flops of a chunked form
     states = 4 * n * k * v / chunk  # bytes of one float32 state a chunk
     scores = n * chunk * (4 + 4 + item)  # scores, mask and cast scores through memory
+    tile = 0.0 if facts.platform == "cpu" else scores  # one tile at a time stays in a CPU's cache
     squares = n * seq * (4 + 4 + item)
     steps = seq if seq > 1 else 0
     walked = 8 * (n - n / seq) * k * v
@@ -83,8 +84,8 @@ def cost(name: str, facts: Facts) -> Cost:
         "quadratic": Cost(2 * n * seq * (k + v) + 4 * n * k * v, 0, ends + squares, 0),
         "recurrent": Cost(0, 6 * n * k * v, ends + kept, steps, 2, walked),
         "causal_dot_product": Cost(0, 6 * n * k * v, ends, steps, 6, walked),
-        "block": Cost(tiles, 0, ends + scores, 3 * n_chunks),
-        "chunked": Cost(tiles, 0, ends + scores, 3 * n_chunks),
+        "block": Cost(tiles, 0, ends + tile, 3 * n_chunks),
+        "chunked": Cost(tiles, 0, ends + tile, 3 * n_chunks),
         "recursion": Cost(
             tiles + 2 * n * k * v * log_chunks,
             0,
@@ -93,8 +94,8 @@ def cost(name: str, facts: Facts) -> Cost:
             6 + 5 * log_chunks,
         ),
         "fleet": Cost(0, 8 * n * k * v, 12 * n * k * v, k * 2 * seq.bit_length()),
-        "prefix": Cost(tiles, 0, ends + scores + 8 * states, 2 * log_chunks),
-        "two_pass": Cost(tiles, 0, ends + scores + 4 * states, n_chunks),
+        "prefix": Cost(tiles, 0, ends + 2 * scores + 8 * states, 2 * log_chunks),
+        "two_pass": Cost(tiles, 0, ends + 2 * scores + 4 * states, n_chunks),
         "pallas_triton": kernel,
         "pallas_mosaic_gpu": kernel,
     }[name]
@@ -108,7 +109,9 @@ def seconds(name: str, facts: Facts) -> float:
     work = c.matrix_flops / rate + c.vector_flops / device.vector_flops
     state_bytes = 4 * facts.batch * facts.heads * facts.d_key * facts.d_value
     n_bytes = c.bytes + (c.walked_bytes if state_bytes > device.cache_bytes else 0.0)
-    time = max(work, n_bytes / device.bandwidth) + c.steps * device.step_s
+    moved = n_bytes / device.bandwidth
+    time = work + moved if facts.platform == "cpu" else max(work, moved)  # a CPU overlaps little
+    time += c.steps * device.step_s
     if c.walk:  # blocks beyond what the device holds at once take turns
         waves = max(1.0, c.n_blocks / (2 * device.n_units))
         time = max(time, c.walk * device.walk_s * waves)

@@ -19,6 +19,7 @@ imports this file but `select.py`, when it runs it.
 import dataclasses
 import functools
 import math
+import re
 import warnings
 
 import jax
@@ -38,6 +39,7 @@ from longctx_jax.ops.decay.linear_vjp import differentiable, share_heads
 from longctx_jax.typing import Array, Bool, DType, Float
 
 N_MULTIPROCESSORS = 132  # of an H100 or H200; only balances segments
+TF32_PRECISIONS = ("default", "fastest", "tensorfloat32", "bfloat16", "TF32_TF32_F32")
 MAX_WIDTH = {"bfloat16": 256, "float32": 128}  # of key and value
 MIN_WIDTH = 16  # of Triton's products
 
@@ -88,7 +90,9 @@ def unsupported(facts: Facts) -> str:
         return f"a GPU kernel, and jax runs on {facts.platform}"
     if facts.dtype not in ("float32", "bfloat16"):
         return f"takes float32 or bfloat16, not {facts.dtype}"
-    if facts.dtype == "float32" and facts.matmul_precision in ("highest", "float32", "high"):
+    if not re.fullmatch(r"([89]|\d\d)\.\d|", facts.capability):
+        return f"needs compute capability 8.0 or more, not {facts.capability}"
+    if facts.dtype == "float32" and facts.matmul_precision not in TF32_PRECISIONS:
         return f"multiplies float32 in TF32, and matmul precision is {facts.matmul_precision}"
     widest = max(facts.d_key, facts.d_value)
     limit = MAX_WIDTH[facts.dtype]

@@ -8,9 +8,12 @@ are powers with positive distance. O(seq log seq) work: an independent check and
 Source: LeetDecoding (Wang et al. 2025, arXiv 2501.02573).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.decay import powers
 from longctx_jax.ops.decay.chunks import chunk_factors, end_factors, make_pieces
 from longctx_jax.ops.decay.powers import accumulator, initial_state
 from longctx_jax.typing import Array, Bool, Float
@@ -48,8 +51,7 @@ def decay_attention_recursion(
     reset = None if reset is None else pad(reset)
     per_token = pad(log_decay) if log_decay.ndim == 3 else log_decay
 
-    def product(spec, *operands):
-        return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+    product = functools.partial(powers.product, dtype=dtype)
 
     def nodes(x, length):  # [batch, padded, ...] -> [batch, nodes, length, ...]
         return x.reshape(x.shape[0], -1, length, *x.shape[2:])

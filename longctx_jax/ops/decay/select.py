@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import importlib
 import math
+import statistics
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.core import Tracer
 
 from longctx_jax.ops.decay import (
     block,
@@ -132,15 +133,23 @@ def decay_attention(
             where the values are known (outside jit), a constant log decay above 0.
         NotImplementedError: if the named implementation cannot run, with the reason.
 
+    Forward-mode derivatives need a form without a reverse rule of its own, e.g. "two_pass".
+
     Source: Wang et al. (2025), arXiv 2501.02573, for the family; see each algorithm's file.
     """
     if chunk_len < 1:
         raise ValueError(
             f"chunk_len must be at least 1: got {chunk_len}; set config.model.decay.chunk_len"
         )
-    if log_decay.ndim == 1 and not isinstance(log_decay, jax.core.Tracer):
+    if log_decay.ndim == 1 and not isinstance(log_decay, Tracer):
         _require_no_growth(np.asarray(log_decay))
-    facts = facts_of(query, key, value, log_decay, for_training)
+    if isinstance(scale, Tracer):
+        raise TypeError(
+            "decay_attention: scale must be a number known when tracing: got a traced value; "
+            "multiply query by it and pass scale=1.0"
+        )
+    arrays = (query, key, value, log_decay)
+    facts = facts_of(*arrays, for_training, state=state, reset=reset)
     name = implementation
     if name == "auto":
         name = _choose_automatically(facts)
@@ -189,7 +198,9 @@ def decay_attention_step(
     Cost: 6 batch heads key value flops; reads and writes the state once.
     """
     heads = state.shape[1]
-    facts = facts_of(query[:, None], key[:, None], value[:, None], jnp.zeros(heads), False)
+    decay = log_decay if log_decay.ndim == 1 else log_decay[:, None]
+    tokens = (query[:, None], key[:, None], value[:, None])
+    facts = facts_of(*tokens, decay, False, state=state)
     chosen = choose("decay_attention_step", STEPS, implementation, facts)
     query, key, value = (share_heads(x[:, None], heads)[:, 0] for x in (query, key, value))
     if log_decay.shape[-1] != heads:
@@ -249,25 +260,43 @@ def explain(
     return explain_facts(facts_of(query, key, value, log_decay, for_training))
 
 
-@functools.cache
 def explain_facts(facts: Facts) -> Explanation:
     """Returns the explanation for given facts: a pure function of them and the recorded table."""
-    row = table.nearest_row(facts, table.load_table(facts.device)) or {}
-    measured = row.get("training_ms" if facts.for_training else "forward_ms", {})
+    rows = table.load_table(facts.device)
+    row = table.nearest_row(facts, rows) or {}
+    times = row.get(_pass(facts), {})
+    recorded_facts = _facts_of_row(facts, row) if row else facts
+    known = {name for r in rows for name in r[_pass(facts)]} if times else set()
+    modelled = {i.name: 1e3 * cost.seconds(i.name, facts) for i in IMPLEMENTATIONS}
+    # From the recorded shape to this one, and from the model's clock to the device's.
+    grown = {n: modelled[n] / (1e3 * cost.seconds(n, recorded_facts)) for n in times}
+    clock = statistics.median(times[n] * grown[n] / modelled[n] for n in times) if times else 1.0
     where = "measured at batch={batch} heads={heads} seq={seq}".format_map(row) if row else ""
     able, unable = [], []
     for implementation in IMPLEMENTATIONS:
         name = implementation.name
         if reason := implementation.unsupported(facts) or implementation.unattractive(facts):
             unable.append(Candidate(name, None, f"passed over: {reason}"))
-        elif name in measured:
-            able.append(Candidate(name, measured[name], where))
+        elif name in times:
+            able.append(Candidate(name, times[name] * grown[name], where))
+        elif name in known:
+            unable.append(Candidate(name, None, f"passed over: not among those {where}"))
         else:
-            able.append(Candidate(name, 1e3 * cost.seconds(name, facts), "modelled"))
-    # Measured forms first: a measurement and a model do not share a clock.
-    # Of equals the first in IMPLEMENTATIONS: the sort is stable.
-    able.sort(key=lambda c: (c.source == "modelled", c.ms))
+            able.append(Candidate(name, clock * modelled[name], "modelled"))
+    able = able or [Candidate("reference", modelled["reference"], "modelled")]
+    able.sort(
+        key=lambda c: c.ms or 0.0
+    )  # of equals the first in IMPLEMENTATIONS: the sort is stable
     return Explanation(facts, able[0].name, (*able, *unable))
+
+
+def _pass(facts: Facts) -> str:
+    return "training_ms" if facts.for_training else "forward_ms"
+
+
+def _facts_of_row(facts: Facts, row: dict[str, Any]) -> Facts:
+    shape = {name: row[name] for name in ("batch", "seq", "heads", "d_key", "d_value")}
+    return dataclasses.replace(facts, **shape)
 
 
 def _require_no_growth(log_decay: np.ndarray) -> None:
@@ -279,17 +308,21 @@ def _require_no_growth(log_decay: np.ndarray) -> None:
         )
 
 
-@functools.cache
+_ALREADY_SAID: set[Facts] = set()
+
+
 def _choose_automatically(facts: Facts) -> str:
     explanation = explain_facts(facts)
-    best, *others = explanation.candidates
-    rest = ", ".join(f"{c.name}: {c.source if c.ms is None else f'{c.ms:.3g} ms'}" for c in others)
-    logging.info(
-        "op=decay_attention implementation=%s because=%.3g ms, %s; facts=%s; others=%s",
-        best.name,
-        best.ms,
-        best.source,
-        facts,
-        rest,
-    )
+    if facts not in _ALREADY_SAID:
+        _ALREADY_SAID.add(facts)
+        best, *others = explanation.candidates
+        rest = (f"{c.name}: {c.source if c.ms is None else f'{c.ms:.3g} ms'}" for c in others)
+        logging.info(
+            "op=decay_attention implementation=%s because=%.3g ms, %s; facts=%s; others=%s",
+            best.name,
+            best.ms,
+            best.source,
+            facts,
+            ", ".join(rest),
+        )
     return explanation.chosen

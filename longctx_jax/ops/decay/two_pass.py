@@ -6,11 +6,13 @@ S is sequential. This is how GPU libraries split the work (state passing of SSD,
 arXiv 2405.21060); `prefix.py` does pass 1 by a parallel prefix, `quadratic.py` has one chunk.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.decay import powers
 from longctx_jax.ops.decay.chunks import chunk_factors, join, make_pieces, split
 from longctx_jax.ops.decay.powers import accumulator, initial_state
 from longctx_jax.typing import Array, Bool, Float
@@ -55,8 +57,7 @@ def chunk_parallel(
     pieces = make_pieces(log_decay, reset, seq, chunk)
     factors = chunk_factors(log_decay, pieces, chunk)
 
-    def product(spec, *operands):
-        return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+    product = functools.partial(powers.product, dtype=dtype)
 
     def per_token(factor):  # [..., heads, chunk] -> [..., chunk, heads, 1]
         return jnp.swapaxes(factor, -1, -2)[..., None]
