@@ -272,13 +272,14 @@ def explain_facts(facts: Facts) -> Explanation:
     grown = {n: modelled[n] / (1e3 * cost.seconds(n, recorded_facts)) for n in times}
     clock = statistics.median(times[n] * grown[n] / modelled[n] for n in times) if times else 1.0
     where = "measured at batch={batch} heads={heads} seq={seq}".format_map(row) if row else ""
+    source = where if recorded_facts == facts else f"scaled from what was {where}"
     able, unable = [], []
     for implementation in IMPLEMENTATIONS:
         name = implementation.name
         if reason := implementation.unsupported(facts) or implementation.unattractive(facts):
             unable.append(Candidate(name, None, f"passed over: {reason}"))
         elif name in times:
-            able.append(Candidate(name, times[name] * grown[name], where))
+            able.append(Candidate(name, times[name] * grown[name], source))
         elif name in known:
             unable.append(Candidate(name, None, f"passed over: not among those {where}"))
         else:
