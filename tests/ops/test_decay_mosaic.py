@@ -12,9 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longctx_jax.ops.decay.block import walk_blocks
 from longctx_jax.ops.decay.facts import Facts
+from longctx_jax.ops.decay.kernel_inputs import MAX_SEGMENTS, segment_count
 from longctx_jax.ops.decay.pallas_mosaic_gpu import (
-    MAX_SEGMENTS,
-    _n_segments,
     decay_attention_pallas_mosaic_gpu,
     unsupported,
     walk,
@@ -237,11 +236,11 @@ def test_lowers_for_cuda_without_segments(n_warpgroups):
 
 
 def test_segments_fill_the_device_and_are_not_tiny():
-    assert _n_segments(132, 1000) == 1
-    assert _n_segments(66, 1000) == 4
-    assert _n_segments(1, 1000) == MAX_SEGMENTS
-    assert _n_segments(1, 9) == 2
-    assert _n_segments(1, 3) == 1
+    assert segment_count(132, 1000) == 1
+    assert segment_count(66, 1000) == 4
+    assert segment_count(1, 1000) == MAX_SEGMENTS
+    assert segment_count(1, 9) == 2
+    assert segment_count(1, 3) == 1
 
 
 FACTS = Facts("gpu", "NVIDIA H200", "bfloat16", 1, 4096, 16, 128, 128)

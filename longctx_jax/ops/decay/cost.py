@@ -9,6 +9,7 @@ constants are round numbers of a device class, not of one machine. docs/decay.md
 import dataclasses
 
 from longctx_jax.ops.decay.facts import Facts
+from longctx_jax.ops.decay.kernel_inputs import segment_count
 
 CHUNK_LEN = 64
 
@@ -73,7 +74,7 @@ def cost(name: str, facts: Facts) -> Cost:
     log_chunks = max(n_chunks - 1, 1).bit_length()
     # A block of 64 value columns; few rows are cut into segments, which reads key and value twice.
     rows = facts.batch * facts.heads * -(-v // 64)
-    n_segments = max(1, min(16, 264 // rows, n_chunks // 4)) if rows < 132 else 1
+    n_segments = segment_count(rows, n_chunks)
     twice = n * item * (k + v) if n_segments > 1 else 0.0
     launches = 4 if n_segments > 1 else 1
     kernel = Cost(

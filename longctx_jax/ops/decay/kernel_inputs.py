@@ -16,6 +16,8 @@ from longctx_jax.ops.decay.powers import log_sums
 
 LOG2_E = 1.4426950408889634
 NO_MEMORY = -200.0  # nats: exp of it is 0 in float32, and -inf * 0 never appears
+N_MULTIPROCESSORS = 132  # of an H100 or H200; only balances segments
+MAX_SEGMENTS = 16
 # log2 of the decay of a token that starts a document: 0 in float32, and on the grid of `log_sums`,
 # so that differences between tokens of one document stay as exact as without resets.
 RESET = -160.0
@@ -33,6 +35,16 @@ class DecayInputs(NamedTuple):
     per_step: jax.Array | None
     coarse: jax.Array | None
     fine: jax.Array | None
+
+
+def segment_count(n_blocks: int, n_chunks: int) -> int:
+    """Returns how many segments fill the device, if one needs n_blocks blocks of the grid.
+
+    Two blocks a multiprocessor, and at least four chunks a segment.
+    """
+    if n_blocks >= N_MULTIPROCESSORS:
+        return 1
+    return max(1, min(MAX_SEGMENTS, 2 * N_MULTIPROCESSORS // n_blocks, n_chunks // 4))
 
 
 def decay_inputs(

@@ -43,6 +43,7 @@ from longctx_jax.ops.decay.kernel_inputs import (
     RESET,
     pad_state,
     pad_width,
+    segment_count,
     states_before_segments,
 )
 from longctx_jax.ops.decay.linear_vjp import differentiable
@@ -52,11 +53,7 @@ from longctx_jax.typing import Array, Bool, DType, Float
 CHUNK_LEN = 64  # tokens: the rows of one wgmma
 TILE = 64  # value columns a block owns; every width is padded to a multiple of it
 MAX_WIDTH = 128  # a state [256, 64] takes half of the registers and the scores do not fit beside it
-N_MULTIPROCESSORS = 132  # of an H100 or H200; only balances segments
-WARPGROUPS_PER_MULTIPROCESSOR = 2  # with about 240 registers a thread
 MEMORY_REGISTERS = 40  # a thread of the warpgroup that fetches; the others get 232
-MAX_SEGMENTS = 16
-MIN_CHUNKS_PER_SEGMENT = 4
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _IS_NEW = jax.__version_info__ >= (0, 11)  # the API changed from 0.10 to 0.11
 
@@ -186,7 +183,7 @@ def walk(
         )
     heads, n_chunks = log_decay.shape[-1], pl.cdiv(seq, CHUNK_LEN)
     widths = [pl.cdiv(d, TILE) * TILE for d in (d_key, d_value)]
-    n_segments = n_segments or _n_segments(batch * heads * widths[1] // TILE, n_chunks)
+    n_segments = n_segments or segment_count(batch * heads * widths[1] // TILE, n_chunks)
     per_segment = pl.cdiv(n_chunks, n_segments)
     plan = _Plan(
         heads=heads,
@@ -222,14 +219,6 @@ def walk(
         state = state[:, :, None]
     out, last = _launch(plan, x, y, z, sums, state, out_dtype, interpret)
     return out[:, :seq, :, :d_value], last[:, :, 0, :d_key, :d_value]
-
-
-def _n_segments(n_warpgroups: int, n_chunks: int) -> int:
-    """Returns how many segments fill the device when one segment has n_warpgroups in all."""
-    if n_warpgroups >= N_MULTIPROCESSORS:
-        return 1
-    wanted = WARPGROUPS_PER_MULTIPROCESSOR * N_MULTIPROCESSORS // n_warpgroups
-    return max(1, min(MAX_SEGMENTS, wanted, n_chunks // MIN_CHUNKS_PER_SEGMENT))
 
 
 def _whole_chunks(x: jax.Array) -> jax.Array:

@@ -33,12 +33,12 @@ from longctx_jax.ops.decay.kernel_inputs import (
     decay_inputs,
     pad_state,
     pad_width,
+    segment_count,
     states_before_segments,
 )
 from longctx_jax.ops.decay.linear_vjp import differentiable, share_heads
 from longctx_jax.typing import Array, Bool, DType, Float
 
-N_MULTIPROCESSORS = 132  # of an H100 or H200; only balances segments
 TF32_PRECISIONS = ("default", "fastest", "tensorfloat32", "bfloat16", "TF32_TF32_F32")
 MAX_WIDTH = {"bfloat16": 256, "float32": 128}  # of key and value
 MIN_WIDTH = 16  # of Triton's products
@@ -76,11 +76,7 @@ def tiling(d_key: int, d_value: int, dtype: DType, n_rows: int, seq: int) -> Til
     else:
         chunk, block, n_warps = 16, 32, 4
     block = min(d_value, block)
-    n_blocks = n_rows * (d_value // block)
-    n_chunks = -(-seq // chunk)
-    n_segments = 1
-    if n_blocks < N_MULTIPROCESSORS:  # two blocks a multiprocessor, four chunks a segment at least
-        n_segments = max(1, min(16, 2 * N_MULTIPROCESSORS // n_blocks, n_chunks // 4))
+    n_segments = segment_count(n_rows * (d_value // block), -(-seq // chunk))
     return Tiling(chunk, block, n_warps, 2, n_segments)
 
 
