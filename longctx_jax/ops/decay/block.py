@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay import powers
+from longctx_jax.ops import products
 from longctx_jax.ops.decay.chunks import (
     Pieces,
     backwards,
@@ -21,7 +21,8 @@ from longctx_jax.ops.decay.chunks import (
     over_chunks,
     split,
 )
-from longctx_jax.ops.decay.powers import accumulator, initial_state
+from longctx_jax.ops.decay.powers import initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, DType, Float
 
 BLOCK_LEN = 64  # tokens
@@ -71,7 +72,7 @@ def walk_blocks(
     pieces = make_pieces(log_decay, reset, seq, chunk)
     scale_out, scale_in = (1.0, scale) if is_backwards else (scale, 1.0)
 
-    product = functools.partial(powers.product, dtype=dtype)
+    product = functools.partial(products.product, dtype=dtype)
 
     def per_token(factor):  # [..., heads, chunk] -> [..., chunk, heads, 1]
         return jnp.swapaxes(factor, -1, -2)[..., None]

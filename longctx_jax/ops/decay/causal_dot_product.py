@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.ops.decay.linear_vjp import differentiable
-from longctx_jax.ops.decay.powers import accumulator, initial_state
+from longctx_jax.ops.decay.powers import initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
 

@@ -15,7 +15,8 @@ Source: LeetDecoding (Wang et al. 2025, arXiv 2501.02573).
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay.powers import accumulator, initial_state
+from longctx_jax.ops.decay.powers import initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
 

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from longctx_jax.ops.decay.powers import accumulator, initial_state
+from longctx_jax.ops.decay.powers import initial_state
 from longctx_jax.ops.decay.two_pass import decay_attention_two_pass
+from longctx_jax.ops.products import accumulator
 
 PIECE_LEN = 4096  # tokens: the decay's gradient keeps one state a piece, and scores of one piece
 

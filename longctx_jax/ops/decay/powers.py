@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.dispatch import platform
-from longctx_jax.typing import Array, Bool, DType, Float, Int
+from longctx_jax.ops.products import accumulator
+from longctx_jax.typing import Array, Bool, Float, Int
 
 # A decay of exp(-80) = 2e-35 or less per token forgets everything: it is treated as a reset, which
 # is exact to float32 and keeps -inf out of sums.
@@ -78,22 +78,6 @@ def separate_resets(
 def document_index(reset: Bool[Array, "batch seq heads"]) -> Int[Array, "batch seq heads"]:
     """Returns how many resets happened up to and including each token."""
     return jnp.cumsum(reset.astype(jnp.int32), axis=1)
-
-
-def accumulator(*arrays: jax.Array):
-    """Returns the dtype sums are kept in: float32, or float64 when handed float64."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
-def product(spec: str, *operands: jax.Array, dtype: DType) -> jax.Array:
-    """Returns an einsum summed in dtype, of operands in their own.
-
-    XLA's CPU backend refuses some batched products of 16-bit inputs with 32-bit sums; there the
-    operands are widened first, which is exact.
-    """
-    if platform() == "cpu":
-        operands = tuple(x.astype(dtype) for x in operands)
-    return jnp.einsum(spec, *operands, preferred_element_type=dtype)
 
 
 def initial_state(query: jax.Array, value: jax.Array, state: jax.Array | None) -> jax.Array:

@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay.powers import accumulator, decay_power, initial_state
+from longctx_jax.ops.decay.powers import decay_power, initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
 

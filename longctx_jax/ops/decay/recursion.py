@@ -13,9 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay import powers
+from longctx_jax.ops import products
 from longctx_jax.ops.decay.chunks import chunk_factors, end_factors, make_pieces
-from longctx_jax.ops.decay.powers import accumulator, initial_state
+from longctx_jax.ops.decay.powers import initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
 LEAF_LEN = 32  # tokens
@@ -51,7 +52,7 @@ def decay_attention_recursion(
     reset = None if reset is None else pad(reset)
     per_token = pad(log_decay) if log_decay.ndim == 3 else log_decay
 
-    product = functools.partial(powers.product, dtype=dtype)
+    product = functools.partial(products.product, dtype=dtype)
 
     def nodes(x, length):  # [batch, padded, ...] -> [batch, nodes, length, ...]
         return x.reshape(x.shape[0], -1, length, *x.shape[2:])

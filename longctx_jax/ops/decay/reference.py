@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay.powers import accumulator, decay_power, document_index, initial_state
+from longctx_jax.ops.decay.powers import decay_power, document_index, initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
 

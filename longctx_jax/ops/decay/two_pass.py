@@ -12,9 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.ops.decay import powers
+from longctx_jax.ops import products
 from longctx_jax.ops.decay.chunks import chunk_factors, join, make_pieces, split
-from longctx_jax.ops.decay.powers import accumulator, initial_state
+from longctx_jax.ops.decay.powers import initial_state
+from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
 CHUNK_LEN = 64  # tokens
@@ -57,7 +58,7 @@ def chunk_parallel(
     pieces = make_pieces(log_decay, reset, seq, chunk)
     factors = chunk_factors(log_decay, pieces, chunk)
 
-    product = functools.partial(powers.product, dtype=dtype)
+    product = functools.partial(products.product, dtype=dtype)
 
     def per_token(factor):  # [..., heads, chunk] -> [..., chunk, heads, 1]
         return jnp.swapaxes(factor, -1, -2)[..., None]

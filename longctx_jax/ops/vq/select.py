@@ -1,0 +1,305 @@
+"""The front door of vector-quantised attention: checks arguments, chooses implementations."""
+
+import dataclasses
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.ops.dispatch import Implementation, choose, platform
+from longctx_jax.ops.vq import linear
+from longctx_jax.ops.vq.blocks import Rules, attend_blocks
+from longctx_jax.ops.vq.codebook import quantize, search_codes
+from longctx_jax.ops.vq.state import VQState, as_tokens, init_vq_state
+from longctx_jax.ops.vq.step import step
+from longctx_jax.typing import Array, Float, Int
+
+BLOCK_LEN = {"cpu": 128}  # queries a block where the caller leaves it open, by platform
+BLOCK_LEN_ELSEWHERE = 512
+
+
+class VQOutput(NamedTuple):
+    """What `vq_attention` returns."""
+
+    out: jax.Array  # [batch, seq, heads, value], dtype of value
+    state: VQState  # after the last token
+    codes: jax.Array  # int32 [batch, seq, kv_heads], of the keys
+    squared_error: jax.Array  # float32 [batch, seq, kv_heads], of quantising; moves the keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the choice of an implementation may depend on: static facts of one call."""
+
+    platform: str
+    capability: str
+    dtype: str
+    batch: int
+    seq: int
+    heads: int
+    kv_heads: int
+    d_key: int
+    d_value: int
+    n_codes: int
+    window_len: int
+    block_len: int
+    has_bias: bool
+    use_table: bool
+    grad_through_cache: bool
+
+
+def _leaf(function: str):
+    """Returns a function of the kernel file, which is imported when first called."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module("longctx_jax.ops.vq.pallas_triton"), function)(
+            *args, **kwargs
+        )
+
+    return call
+
+
+def _unsupported(function: str):
+    def check(facts: Any) -> str:
+        if facts.platform != "gpu":
+            return f"a GPU kernel, and jax runs on {facts.platform}"
+        try:
+            return _leaf(function)(facts)
+        except ImportError as error:  # a backend that this jax no longer has
+            return f"this jax cannot load it: {error}"
+
+    return check
+
+
+ATTENTION = (
+    Implementation(
+        "pallas_triton", _leaf("attend_blocks"), unsupported=_unsupported("attention_unsupported")
+    ),
+    Implementation("linear", attend_blocks),
+    Implementation(
+        "quadratic", attend_blocks, unattractive=lambda facts: "the linear form does less"
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchFacts:
+    """Static facts of one search for codes."""
+
+    platform: str
+    capability: str
+    dtype: str
+    n_vectors: int
+    heads: int
+    d_key: int
+    n_codes: int
+
+
+SEARCHES = (
+    Implementation(
+        "pallas_triton", _leaf("search_codes"), unsupported=_unsupported("search_unsupported")
+    ),
+    Implementation("xla", search_codes),
+)
+
+
+def nearest_code(
+    vectors: Float[Array, "*batch heads key"],
+    codebook: Float[Array, "heads codes key"],
+    *,
+    implementation: str = "auto",
+) -> tuple[Int[Array, "*batch heads"], Float[Array, "*batch heads"]]:
+    """Returns the nearest codeword of each vector, and the squared distance to it.
+
+    Args:
+        vectors: one of each head's vectors a row.
+        codebook: codewords of each head.
+        implementation: "auto", "xla", or "pallas_triton" (a GPU kernel that never stores the
+            distances).
+
+    Returns:
+        codes int32, the lowest index among equally near ones, and squared_error float32, whose
+        gradient moves the vectors only.
+
+    Raises:
+        ValueError: shapes that contradict each other, or an unknown implementation.
+        NotImplementedError: if the named implementation cannot run, with the reason.
+
+    Cost: 2 vectors heads codes key flops.
+    """
+    _require_codebook(vectors.shape[-2:], codebook.shape)
+    facts = SearchFacts(
+        platform=platform(),
+        capability=_capability(),
+        dtype=str(vectors.dtype),
+        n_vectors=math.prod(vectors.shape[:-2]),
+        heads=vectors.shape[-2],
+        d_key=vectors.shape[-1],
+        n_codes=codebook.shape[1],
+    )
+    chosen = choose("nearest_code", SEARCHES, implementation, facts)
+    fixed = jax.lax.stop_gradient((vectors, codebook))
+    codes = chosen.run(*fixed)
+    return codes, quantize(vectors, codebook, codes).squared_error
+
+
+def vq_attention(
+    query: Float[Array, "batch seq heads key"],
+    key: Float[Array, "batch seq kv_heads key"],
+    value: Float[Array, "batch seq kv_heads value"],
+    codebook: Float[Array, "kv_heads codes key"],
+    state: VQState | None = None,
+    *,
+    relative_bias: Float[Array, "batch seq heads distances"] | None = None,
+    documents: Int[Array, "batch seq"] | None = None,
+    window_len: int = 0,
+    block_len: int = 0,
+    scale: float | None = None,
+    reduction: str = "serial",
+    use_table: bool = True,
+    grad_through_cache: bool = True,
+    implementation: str = "auto",
+    search: str = "auto",
+) -> VQOutput:
+    """Returns causal softmax attention over vector-quantised keys, and the state after it.
+
+    Every key is replaced by its nearest codeword, with a straight-through gradient from the queries
+    at most window_len tokens later. The value is exact for the quantised keys at any split into
+    calls and any block length.
+
+    Args:
+        query: a multiple of the key's heads: query head h reads kv head h // (heads / kv_heads).
+        key: before quantisation. Codewords and keys should lie at one scale.
+        value: its width may differ.
+        codebook: codewords; constant here.
+        state: what came before (`init_vq_state`, or that of an earlier call); None = nothing.
+        relative_bias: added to the scores of distances 0, 1, ..., window_len at most, by query.
+        documents: which document each token belongs to, int32, not decreasing along the stream
+            (state included); tokens see their own only. None = all continue the last one.
+        window_len: tokens before a query that the bias and the straight-through gradient reach; the
+            state keeps that many. 0 = the state's, or 512.
+        block_len: queries a block: speed and memory, never the result. 0 = chosen.
+        scale: of query . key; None = 1/sqrt(key width).
+        reduction: how the tables before the blocks are summed: "serial", "matmul", "associative".
+        use_table: see tokens beyond the window. Off, attention is a sliding window of window_len
+            tokens before the query.
+        grad_through_cache: values beyond the window get gradients.
+        implementation: "auto", "linear" (plain JAX), "quadratic" (the same in one block: seq^2
+            scores) or "pallas_triton" (a GPU kernel).
+        search: of the codes: see `nearest_code`.
+
+    Raises:
+        ValueError: shapes or lengths that contradict each other, or unknown names.
+        NotImplementedError: if a named implementation cannot run, with the reason.
+
+    Cost: 2 batch heads seq (codes + window_len + block_len) (key + value) flops.
+    Source: Lingle (2023), arXiv 2309.16354.
+    """
+    batch, seq, heads, d_key = query.shape
+    window_len = window_len or (512 if state is None else state.window_len)
+    _require_shapes(query, key, value, codebook, state, relative_bias, window_len)
+    if block_len < 0:
+        raise ValueError(
+            f"vq_attention: block_len must not be negative: got {block_len}; 0 is chosen; set "
+            "config.model.vq.block_len"
+        )
+    block_len = block_len or BLOCK_LEN.get(platform(), BLOCK_LEN_ELSEWHERE)
+    codes, _ = nearest_code(key, codebook, implementation=search)
+    quantized = quantize(key, codebook, codes)
+    is_fresh = state is None
+    if state is None:
+        shape = (batch, window_len, key.shape[2], d_key, value.shape[-1], codebook.shape[1])
+        state = init_vq_state(*shape, dtype=value.dtype)
+    if documents is None:
+        newest = jnp.maximum(jnp.max(state.documents, axis=1), 0)
+        documents = jnp.broadcast_to(newest[:, None], (batch, seq))
+    tokens = as_tokens(quantized.vectors, value, codes, documents)
+    scale = d_key**-0.5 if scale is None else scale
+    rules = Rules(window_len, scale, use_table, grad_through_cache)
+    if seq == 1 and implementation == "auto":
+        options = {"relative_bias": relative_bias, "rules": rules}
+        out, state = step(query, tokens, codebook, state, **options)
+        return VQOutput(out, state, codes, quantized.squared_error)
+
+    facts = Facts(
+        platform=platform(),
+        capability=_capability(),
+        dtype=str(jnp.result_type(query, value)),
+        batch=batch,
+        seq=seq,
+        heads=heads,
+        kv_heads=key.shape[2],
+        d_key=d_key,
+        d_value=value.shape[-1],
+        n_codes=codebook.shape[1],
+        window_len=window_len,
+        block_len=min(block_len, seq),
+        has_bias=relative_bias is not None,
+        use_table=use_table,
+        grad_through_cache=grad_through_cache,
+    )
+    chosen = choose("vq_attention", ATTENTION, implementation, facts)
+    out, state = linear.attend(
+        query,
+        tokens,
+        codebook,
+        state,
+        is_fresh=is_fresh,
+        relative_bias=relative_bias,
+        rules=rules,
+        block_len=seq if chosen.name == "quadratic" else block_len,
+        reduction=reduction,
+        attend_blocks=chosen.run,
+    )
+    return VQOutput(out, state, codes, quantized.squared_error)
+
+
+def _capability() -> str:
+    return str(getattr(jax.local_devices()[0], "compute_capability", ""))
+
+
+def _require_codebook(vectors: tuple[int, ...], codebook: tuple[int, ...]) -> None:
+    if (codebook[0], codebook[2]) != tuple(vectors) or codebook[1] < 1:
+        raise ValueError(
+            "the codebook must be [heads, codes, key] of the vectors' heads and width "
+            f"{tuple(vectors)}: got {tuple(codebook)}; one codebook a key head"
+        )
+
+
+def _require_shapes(query, key, value, codebook, state, relative_bias, window_len) -> None:
+    _require_codebook(key.shape[2:], codebook.shape)
+    if query.shape[1] == 0:
+        raise ValueError("vq_attention: needs a token: got a sequence of length 0")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"vq_attention: query heads must be a multiple of key heads: got {query.shape[2]} and "
+            f"{key.shape[2]}; set config.model.n_kv_heads to a divisor of config.model.n_heads"
+        )
+    if window_len < 1:
+        raise ValueError(
+            f"vq_attention: window_len must be at least 1: got {window_len}; set "
+            "config.model.vq.window_len"
+        )
+    if relative_bias is not None and relative_bias.shape[-1] > window_len + 1:
+        raise ValueError(
+            "vq_attention: relative_bias must list distances 0 .. window_len at most: got "
+            f"{relative_bias.shape[-1]} with window_len={window_len}; shorten it or widen "
+            "the window"
+        )
+    if state is None:
+        return
+    batch, kv_heads = query.shape[0], key.shape[2]
+    wanted = {
+        "key": (batch, window_len, kv_heads, key.shape[-1]),
+        "value": (batch, window_len, kv_heads, value.shape[-1]),
+        "table.mean": (batch, kv_heads, codebook.shape[1], value.shape[-1]),
+    }
+    given = {"key": state.key, "value": state.value, "table.mean": state.table.mean}
+    for name, shape in wanted.items():
+        if given[name].shape != shape:
+            raise ValueError(
+                f"vq_attention: state.{name} must be {shape}: got {given[name].shape}; make the "
+                "state with init_vq_state of the same sizes"
+            )
