@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def model_config() -> ml_collections.ConfigDict:
     """The model: sizes shared by all schemes, then one sub-config a mixer."""
     c = ml_collections.ConfigDict()
-    c.name = "transformer"  # transformer | decay
+    c.name = "transformer"  # transformer | transformer_vq | decay
     c.pattern = ()  # repeating mixers, e.g. ("decay", "decay", "sliding"); () = the model's own
     c.n_layers = 6  # blocks; a multiple of the pattern's length
     c.d_model = 256  # width of the residual stream
@@ -32,12 +32,14 @@ def model_config() -> ml_collections.ConfigDict:
     c.n_kv_heads = 0  # key/value heads: 1 = MQA, 0 = n_heads (MHA)
     c.d_key = 0  # key width a head; 0 = d_model / n_heads
     c.d_value = 0  # value width a head; 0 = d_key
-    c.mlp = "swiglu"  # swiglu | gelu
-    c.d_ff = 0  # MLP width; 0 = 8/3 d_model (swiglu) or 4 d_model (gelu), up to a multiple of 32
+    c.mlp = "swiglu"  # swiglu | gelu | relu2 | none (blocks of a mixer alone)
+    c.d_ff = 0  # MLP width; 0 = 8/3 d_model (swiglu) or 4 d_model (others), up to a multiple of 32
     c.norm = "rms"  # rms | layer
     c.vocab_size = 256  # token ids are 0 .. vocab_size-1; 256 for bytes
     c.tie_embeddings = True  # output matrix = input embedding
-    c.dropout = 0.0  # probability, on the embedding and on what each mixer and MLP adds
+    c.dropout = 0.0  # probability, on what each mixer and MLP adds
+    c.embed_dropout = 0.0  # probability, on the embedding
+    c.layer_drop = 0.0  # probability, of leaving out all that a mixer or MLP adds to a row
     c.dtype = "float32"  # matrix-product inputs: float32 | bfloat16 (parameters stay float32)
     c.remat = "none"  # recompute in the backward pass: none | dots (keep matrix products) | full
     c.schedule = (
@@ -75,6 +77,25 @@ def model_config() -> ml_collections.ConfigDict:
     # auto | pallas_triton | pallas_mosaic_gpu | two_pass | chunked | block | prefix | quadratic |
     # recurrent | causal_dot_product | recursion | fleet | reference
     c.decay.implementation = "auto"
+
+    c.vq = ml_collections.ConfigDict()
+    c.vq.codebook_size = 256  # codewords a key head
+    c.vq.window_len = 128  # tokens before a query that keep their own keys, positions and gradients
+    c.vq.block_len = 0  # queries a block: speed and memory, never the result; 0 = chosen
+    c.vq.reduction = "serial"  # of the tables before blocks: serial | matmul | associative
+    c.vq.gate = "none"  # silu: the published gated unit (silu values, gated output) | none
+    c.vq.position = "relative"  # learned bias by distance, inside the window | none
+    c.vq.position_dropout = 0.0  # probability, on the sinusoids behind that bias
+    c.vq.position_theta = 100_000.0  # longest wavelength of the sinusoids is 2 pi theta tokens
+    c.vq.use_table = True  # see tokens beyond the window, as codes; False = a sliding window
+    c.vq.grad_through_cache = True  # values beyond the window get gradients
+    c.vq.commitment = 1e-4  # weight of the squared quantisation error in the loss
+    c.vq.codebook_decay = 0.99  # of the codebook's running averages, an update; 1 = fixed codebook
+    c.vq.codebook_start = "sphere"  # sphere: among the keys | published: near the origin
+    c.vq.smoothing = "clip"  # of small counts: clip (as published) | laplace
+    c.vq.reseed_below = 0.0  # tokens an update: codes used less are replaced; 0 = never
+    c.vq.implementation = "auto"  # auto | pallas_triton | linear | quadratic
+    c.vq.search = "auto"  # of the nearest code: auto | pallas_triton | xla
     return c
 
 

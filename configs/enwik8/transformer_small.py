@@ -17,6 +17,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.d_model = 512
     config.model.n_heads = 8
     config.model.dropout = 0.1
+    config.model.embed_dropout = 0.1
     config.model.dtype = "bfloat16"
     config.data.name = "enwik8"
     config.data.seq_len = 512

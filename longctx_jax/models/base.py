@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.stack import apply_stack, call_module, init_stack, init_stack_cache
+from longctx_jax.models.stack import (
+    apply_stack,
+    call_module,
+    describe_stack_state,
+    init_stack,
+    init_stack_cache,
+    update_stack_state,
+)
 from longctx_jax.nn.contract import Aux, advance_documents
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.norms import make_norm
@@ -62,12 +69,29 @@ class Decoder:
         embed_key, stack_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
         hidden = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
+        stack, state = init_stack(self.config, stack_key)
         params = {
             "embed": self._embed.init(embed_key, tokens)["params"],
-            "stack": init_stack(self.config, stack_key),
+            "stack": stack,
             "norm": self._norm.init(embed_key, hidden)["params"],
         }
-        return {"params": params, "model_state": {}}
+        return {"params": params, "model_state": {"stack": state} if state else {}}
+
+    def update_model_state(self, model_state: PyTree, aux: Aux, key: PRNGKey) -> PyTree:
+        """Returns the non-gradient state after an update: codebooks moved by what `aux` counted.
+
+        Args:
+            model_state: of `variables`.
+            aux: of all tokens of the update, summed over segments, micro-batches and devices.
+            key: for updates that draw random numbers.
+        """
+        if not model_state:
+            return model_state
+        return {"stack": update_stack_state(self.config, model_state["stack"], aux, key)}
+
+    def describe_model_state(self, model_state: PyTree) -> dict[str, jax.Array]:
+        """Returns scalar metrics of the non-gradient state, e.g. how many codes are in use."""
+        return describe_stack_state(self.config, model_state["stack"]) if model_state else {}
 
     def init_cache(self, batch_size: int, max_len: int) -> ModelCache:
         """Returns an empty cache.
@@ -98,6 +122,7 @@ class Decoder:
         cache: ModelCache | None = None,
         *,
         segment_ids: jax.Array | None = None,
+        weights: jax.Array | None = None,
         rngs: dict[str, PRNGKey] | None = None,
         train: bool = False,
     ) -> DecoderOutput:
@@ -110,10 +135,12 @@ class Decoder:
             segment_ids: int32 [batch, seq], >= 0, the document of each token; a change between
                 neighbours (also across calls) starts a document, which sees nothing before it.
                 None = no boundary within this call.
-            rngs: {"dropout": key}, needed when train and dropout > 0.
-            train: apply dropout.
+            weights: float32 [batch, seq], what each token counts in aux, 0 for padding; None = 1.
+            rngs: {"dropout": key}, needed when train and something is dropped at random.
+            train: drop out, and report what training needs in aux.
         """
-        out = self.hidden(variables, tokens, cache, segment_ids=segment_ids, rngs=rngs, train=train)
+        options = {"segment_ids": segment_ids, "weights": weights, "rngs": rngs, "train": train}
+        out = self.hidden(variables, tokens, cache, **options)
         logits = jnp.einsum(
             "btd,dz->btz",
             out.hidden,
@@ -131,6 +158,7 @@ class Decoder:
         cache: ModelCache | None = None,
         *,
         segment_ids: jax.Array | None = None,
+        weights: jax.Array | None = None,
         rngs: dict[str, PRNGKey] | None = None,
         train: bool = False,
     ) -> HiddenOutput:
@@ -139,20 +167,20 @@ class Decoder:
         key = self._dropout_key(rngs, train)
         batch, seq = tokens.shape
         documents, layers = None, None
-        if cache is not None or segment_ids is not None:
+        if cache is not None or segment_ids is not None or weights is not None:
             last = (jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
             if cache is not None:
                 last, layers = (cache.last_segment_id, cache.document), cache.layers
-            documents, last_id, document = advance_documents(segment_ids, *last, seq)
+            documents, last_id, document = advance_documents(segment_ids, *last, seq, weights)
 
         x = call_module(self._embed, params["embed"], tokens)
         if key is not None:
-            keep = 1.0 - self.config.dropout
-            mask = jax.random.bernoulli(jax.random.fold_in(key, 0), keep, x.shape)
-            x = jnp.where(mask, x / keep, 0).astype(x.dtype)
+            x = self._drop_embedding(x, jax.random.fold_in(key, 0))
             key = jax.random.fold_in(key, 1)
+        state = variables.get("model_state") or {"stack": {}}
+        stack = (params["stack"], state["stack"])
         x, layers, aux = apply_stack(
-            self.config, params["stack"], x, documents, layers, key=key, train=train
+            self.config, *stack, x, documents, layers, key=key, train=train
         )
         x = call_module(self._norm, params["norm"], x)
         if layers is not None:
@@ -164,8 +192,14 @@ class Decoder:
         params = variables["params"]["embed"]
         return call_module(self._embed, params, method="unembedding")
 
+    def _drop_embedding(self, x: jax.Array, key: PRNGKey) -> jax.Array:
+        if self.config.embed_dropout == 0.0:
+            return x
+        keep = 1.0 - self.config.embed_dropout
+        return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+
     def _dropout_key(self, rngs, train: bool) -> PRNGKey | None:
-        if not train or self.config.dropout == 0.0:
+        if not train or not self.config.is_random:
             return None
         if not rngs or "dropout" not in rngs:
             raise ValueError(

@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 from longctx_jax.models.schedules import SCHEDULES
-from longctx_jax.nn import attention, decay_attention
+from longctx_jax.nn import attention, decay_attention, vq_attention
 from longctx_jax.nn.mlp import MLPS
 from longctx_jax.nn.norms import NORMS
+from longctx_jax.ops.vq.codebook import SMOOTHINGS, STARTS
+from longctx_jax.ops.vq.table import REDUCTIONS
 
 DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "dots", "full")
@@ -32,6 +34,14 @@ def require_not_negative(field: str, value: float) -> None:
     if value < 0:
         raise ValueError(
             f"config.model.{field} must not be negative: got {value}; 0 means off or derived"
+        )
+
+
+def require_probability(field: str, value: float) -> None:
+    """Raises ValueError unless 0 <= config.model.<field> < 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"config.model.{field} must be in [0, 1): got {value}; it is a probability"
         )
 
 
@@ -99,6 +109,46 @@ class DecayConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VQConfig:
+    """`config.model.vq`."""
+
+    codebook_size: int = 256
+    window_len: int = 128
+    block_len: int = 0
+    reduction: str = "serial"
+    gate: str = "none"
+    position: str = "relative"
+    position_dropout: float = 0.0
+    position_theta: float = 100_000.0
+    use_table: bool = True
+    grad_through_cache: bool = True
+    commitment: float = 1e-4
+    codebook_decay: float = 0.99
+    codebook_start: str = "sphere"
+    smoothing: str = "clip"
+    reseed_below: float = 0.0
+    implementation: str = "auto"
+    search: str = "auto"
+
+    def __post_init__(self):
+        for field in ("codebook_size", "window_len", "position_theta"):
+            require_positive(f"vq.{field}", getattr(self, field))
+        for field in ("block_len", "commitment", "reseed_below"):
+            require_not_negative(f"vq.{field}", getattr(self, field))
+        require_one_of("vq.reduction", self.reduction, REDUCTIONS)
+        require_one_of("vq.gate", self.gate, vq_attention.GATES)
+        require_one_of("vq.position", self.position, vq_attention.POSITIONS)
+        require_one_of("vq.codebook_start", self.codebook_start, STARTS)
+        require_one_of("vq.smoothing", self.smoothing, SMOOTHINGS)
+        require_probability("vq.position_dropout", self.position_dropout)
+        if not 0.0 <= self.codebook_decay <= 1.0:
+            raise ValueError(
+                f"config.model.vq.codebook_decay must be in [0, 1]: got {self.codebook_decay}; "
+                "it is what running averages keep, 1 = a fixed codebook"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """`config.model`, field by field (units and meanings in configs/base.py).
 
@@ -122,6 +172,8 @@ class ModelConfig:
     vocab_size: int = 256
     tie_embeddings: bool = True
     dropout: float = 0.0
+    embed_dropout: float = 0.0
+    layer_drop: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
     schedule: str = "layerwise"
@@ -131,6 +183,7 @@ class ModelConfig:
     softmax: SoftmaxConfig = SoftmaxConfig()
     sliding: SlidingConfig = SlidingConfig()
     decay: DecayConfig = DecayConfig()
+    vq: VQConfig = VQConfig()
 
     def __post_init__(self):
         for field in ("n_layers", "d_model", "n_heads", "vocab_size", "n_ramp_buckets", "unroll"):
@@ -142,10 +195,8 @@ class ModelConfig:
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("remat", self.remat, REMAT_POLICIES)
         require_one_of("schedule", self.schedule, SCHEDULES)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"config.model.dropout must be in [0, 1): got {self.dropout}; it is a probability"
-            )
+        for field in ("dropout", "embed_dropout", "layer_drop"):
+            require_probability(field, getattr(self, field))
         self._derive_widths()
 
     def _derive_widths(self):
@@ -169,8 +220,14 @@ class ModelConfig:
                 f"n_heads={self.n_heads}; "
                 f"use n_kv_heads={nearest_divisor(self.n_heads, self.n_kv_heads)}"
             )
-        wide = 4 * self.d_model if self.mlp == "gelu" else 8 * self.d_model / 3
+        wide = 4 * self.d_model if self.mlp in ("gelu", "relu2") else 8 * self.d_model / 3
         fill("d_ff", -(-int(wide) // 32) * 32)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers."""
+        rates = (self.dropout, self.embed_dropout, self.layer_drop, self.vq.position_dropout)
+        return any(rate > 0.0 for rate in rates)
 
     def with_pattern(self, default: tuple[str, ...], known: tuple[str, ...]) -> "ModelConfig":
         """Returns the config with `pattern` filled in and checked against n_layers."""
@@ -192,7 +249,12 @@ def model_config(fields: Any) -> ModelConfig:
     Raises:
         ValueError: if a field is unknown or has an impossible value.
     """
-    nested = {"softmax": SoftmaxConfig, "sliding": SlidingConfig, "decay": DecayConfig}
+    nested = {
+        "softmax": SoftmaxConfig,
+        "sliding": SlidingConfig,
+        "decay": DecayConfig,
+        "vq": VQConfig,
+    }
     if isinstance(fields, ModelConfig):
         return fields
     values = {}

@@ -2,11 +2,15 @@
 
 from typing import Any
 
-from longctx_jax.models import decay, transformer
+from longctx_jax.models import decay, transformer, transformer_vq
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import model_config, require_one_of
 
-MODELS = {"transformer": transformer.build, "decay": decay.build}
+MODELS = {
+    "transformer": transformer.build,
+    "transformer_vq": transformer_vq.build,
+    "decay": decay.build,
+}
 
 
 def build_model(config: Any) -> Decoder:

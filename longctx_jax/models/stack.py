@@ -1,9 +1,11 @@
-"""Stacked parameters and caches of a patterned stack, rematerialisation, and its run by a schedule.
+"""Stacked parameters, state and caches of a patterned stack, rematerialisation, and its schedule.
 
 Parameters of pattern position p live under "<p>_<kind>" with a leading axis n_layers / P, so one
-tree feeds `lax.scan` over depth, `vmap` over an anti-diagonal, and path rules for sharding.
+tree feeds `lax.scan` over depth, `vmap` over an anti-diagonal, and path rules for sharding. So does
+non-gradient state, for the mixers that have any.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.decay_attention import DecayAttention
+from longctx_jax.nn.vq_attention import VQAttention
 from longctx_jax.typing import PRNGKey, PyTree
 
 
@@ -59,21 +62,39 @@ def _decay_mixer(config: ModelConfig) -> DecayAttention:
     )
 
 
+def _vq_mixer(config: ModelConfig) -> VQAttention:
+    return VQAttention(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        d_key=config.d_key,
+        d_value=config.d_value,
+        d_model=config.d_model,
+        **dataclasses.asdict(config.vq),
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+
+
 MIXERS = {
     "softmax": lambda config: _softmax_mixer(config, 0, config.softmax),
     "sliding": lambda config: _softmax_mixer(config, config.sliding.window_len, config.sliding),
     "decay": _decay_mixer,
+    "vq": _vq_mixer,
 }
 
 
-def call_module(module: nn.Module, params: PyTree, *args: Any, **options: Any) -> Any:
+def call_module(
+    module: nn.Module, params: PyTree, *args: Any, state: PyTree = None, **options: Any
+) -> Any:
     """Returns module.apply of one parameter tree: no collection is ever mutable here."""
-    return module.apply({"params": params}, *args, **options)
+    variables = {"params": params, "model_state": state} if state else {"params": params}
+    return module.apply(variables, *args, **options)
 
 
 def output_scale(config: ModelConfig) -> float:
     """Returns the scale of what each half-block adds: the residual stream's variance stays O(1)."""
-    return (2 * config.n_layers) ** -0.5
+    n_halves = 1 if config.mlp == "none" else 2
+    return (n_halves * config.n_layers) ** -0.5
 
 
 def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
@@ -85,6 +106,7 @@ def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
             d_ff=config.d_ff,
             norm=config.norm,
             dropout=config.dropout,
+            layer_drop=config.layer_drop,
             dtype=config.dtype,
             output_scale=output_scale(config),
         )
@@ -97,19 +119,46 @@ def layer_names(config: ModelConfig) -> list[str]:
     return [f"{p}_{kind}" for p, kind in enumerate(config.pattern)]
 
 
-def init_stack(config: ModelConfig, key: PRNGKey) -> dict[str, PyTree]:
-    """Returns the stacked parameters, leaves [n_layers / P, ...], each layer from its own key."""
+def init_stack(config: ModelConfig, key: PRNGKey) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Returns stacked parameters and non-gradient state, each layer from its own key.
+
+    Leaves are [n_layers / P, ...]; pattern positions without state are absent from the second.
+    """
     example = jnp.zeros((1, 2, config.d_model), config.dtype)
-    params = {}
+    params, state = {}, {}
     places = layer_places(config)
     for name, block, layers in zip(layer_names(config), make_blocks(config), places, strict=True):
 
         def init(layer, block=block):
             layer_key = jax.random.fold_in(key, layer)
-            return block.init(layer_key, example, None, layer=layer)["params"]
+            return block.init(layer_key, example, None, layer=layer)
 
-        params[name] = jax.vmap(init)(jnp.asarray(layers))
-    return params
+        variables = jax.vmap(init)(jnp.asarray(layers))
+        params[name] = variables["params"]
+        if "model_state" in variables:
+            state[name] = variables["model_state"]
+    return params, state
+
+
+def update_stack_state(
+    config: ModelConfig, state: dict[str, PyTree], aux: tuple[Aux, ...], key: PRNGKey
+) -> dict[str, PyTree]:
+    """Returns the non-gradient state after an update whose tokens reported `aux`."""
+    updated = {}
+    for p, (name, block) in enumerate(zip(layer_names(config), make_blocks(config), strict=True)):
+        if name in state:
+            position_key = jax.random.fold_in(key, p)
+            updated[name] = block.update_state(state[name], aux[p].statistics, position_key)
+    return updated
+
+
+def describe_stack_state(config: ModelConfig, state: dict[str, PyTree]) -> dict[str, jax.Array]:
+    """Returns metrics of the non-gradient state, averaged over layers and heads."""
+    found: dict[str, list[jax.Array]] = {}
+    for name, block in zip(layer_names(config), make_blocks(config), strict=True):
+        for metric, value in block.describe_state(state.get(name)).items():
+            found.setdefault(metric, []).append(value.ravel())
+    return {metric: jnp.mean(jnp.concatenate(values)) for metric, values in found.items()}
 
 
 def layer_places(config: ModelConfig) -> list[np.ndarray]:
@@ -132,6 +181,7 @@ def init_stack_cache(config: ModelConfig, batch_size: int, max_len: int) -> tupl
 def apply_stack(
     config: ModelConfig,
     params: dict[str, PyTree],
+    state: dict[str, PyTree],
     x: jax.Array,
     documents: Documents | None,
     caches: tuple[PyTree, ...] | None,
@@ -145,7 +195,8 @@ def apply_stack(
     """
     places = map(jnp.asarray, layer_places(config))
     stacked = tuple(
-        (params[name], at) for name, at in zip(layer_names(config), places, strict=True)
+        (params[name], state.get(name), at)
+        for name, at in zip(layer_names(config), places, strict=True)
     )
     cells = tuple(_make_cell(config, block, train) for block in make_blocks(config))
     seq = x.shape[1]
@@ -187,13 +238,13 @@ def apply_stack(
 
 
 def _make_cell(config: ModelConfig, block: Block, train: bool):
-    """The pure function of one layer: ((params, place), (x, documents), cache, key) -> it, aux."""
+    """The pure function of a layer: ((params, state, place), stream, cache, key) -> it, aux."""
 
     def cell(layer_params, stream, cache, key=None):
-        (params, layer), (x, documents) = layer_params, stream
+        (params, state, layer), (x, documents) = layer_params, stream
         rngs = {} if key is None else {"dropout": key}
         y, cache, aux = call_module(
-            block, params, x, cache, documents, layer=layer, train=train, rngs=rngs
+            block, params, x, cache, documents, state=state, layer=layer, train=train, rngs=rngs
         )
         return (y, documents), cache, aux
 

@@ -20,6 +20,8 @@ class Documents(NamedTuple):
 
     index: jax.Array  # int32 [batch, seq], grows by one at each document start in the stream
     reset: jax.Array | None  # bool [batch, seq], True at the first token of a document
+    # float32 [batch, seq], what a token counts in losses, metrics and statistics; None = 1
+    weights: jax.Array | None = None
 
 
 class Mean(NamedTuple):
@@ -49,7 +51,11 @@ def own_documents(documents: Documents | None) -> jax.Array | None:
 
 
 def advance_documents(
-    segment_ids: jax.Array | None, last_id: jax.Array, last_index: jax.Array, seq: int
+    segment_ids: jax.Array | None,
+    last_id: jax.Array,
+    last_index: jax.Array,
+    seq: int,
+    weights: jax.Array | None = None,
 ) -> tuple[Documents, jax.Array, jax.Array]:
     """Numbers the documents of a stream 0, 1, ... across calls.
 
@@ -59,15 +65,16 @@ def advance_documents(
         last_id: id of the last token seen, [batch]; negative = none yet.
         last_index: its document's number, [batch].
         seq: tokens of the call.
+        weights: what each token counts in aux, [batch, seq]; None = 1.
 
     Returns:
         The documents of the call, and the new last_id and last_index.
     """
     if segment_ids is None:
         index = jnp.broadcast_to(last_index[:, None], (*last_index.shape, seq))
-        return Documents(index, None), last_id, last_index
+        return Documents(index, None, weights), last_id, last_index
     before = jnp.where(last_id < 0, segment_ids[:, 0], last_id)
     previous = jnp.concatenate([before[:, None], segment_ids[:, :-1]], axis=1)
     reset = segment_ids != previous
     index = last_index[:, None] + jnp.cumsum(reset.astype(jnp.int32), axis=1)
-    return Documents(index, reset), segment_ids[:, -1], index[:, -1]
+    return Documents(index, reset, weights), segment_ids[:, -1], index[:, -1]

@@ -1,4 +1,7 @@
-"""Feed-forward halves of a block: SwiGLU (Shazeer 2020, arXiv 2002.05202) and GELU."""
+"""Feed-forward halves of a block: SwiGLU (Shazeer 2020, arXiv 2002.05202), GELU, squared ReLU.
+
+Source of relu2: So et al. (2021), arXiv 2109.08668 (Primer).
+"""
 
 import flax.linen as nn
 import jax
@@ -11,7 +14,7 @@ def dense(features: int, dtype: str, name: str, scale: float = 1.0) -> nn.Dense:
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x) for "swiglu", down(gelu(up x)) for "gelu"."""
+    """down(silu(gate x) * up x) for "swiglu", down(f(up x)) with f gelu or relu^2 for others."""
 
     kind: str
     d_ff: int
@@ -24,9 +27,11 @@ class MLP(nn.Module):
         up = dense(self.d_ff, self.dtype, "up")(x)
         if self.kind == "swiglu":
             hidden = jax.nn.silu(dense(self.d_ff, self.dtype, "gate")(x)) * up
+        elif self.kind == "relu2":
+            hidden = jax.nn.relu(up) ** 2
         else:
             hidden = jax.nn.gelu(up)
         return dense(x.shape[-1], self.dtype, "down", self.output_scale)(hidden)
 
 
-MLPS = ("swiglu", "gelu")
+MLPS = ("swiglu", "gelu", "relu2", "none")  # "none": the block has no second half

@@ -19,6 +19,7 @@ from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
 
 Batch = Mapping[str, Any]  # numpy or jax arrays [rows, seq]
+STATE_KEY = 2**31 - 1  # folded in for updates of model_state; micro-batches fold in 0, 1, ...
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -50,6 +51,7 @@ def make_train_step(
             batch["tokens"],
             cache,
             segment_ids=batch.get("segment_ids"),
+            weights=batch["weights"],
             rngs={"dropout": key},
             train=True,
         )
@@ -102,10 +104,13 @@ def make_train_step(
             # Early on the average follows the weights instead of remembering their start.
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), STATE_KEY)
+        model_state = model.update_model_state(state.model_state, sums["aux"], key)
         metrics = {
             "loss": sums["nll"] / sums["tokens"],
             "grad_norm": optax.tree.norm(grads),
             **_named_metrics(sums),
+            **model.describe_model_state(model_state),
         }
         state = dataclasses.replace(
             state,
@@ -113,6 +118,7 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
             ema=ema,
+            model_state=model_state,
             cache=state.cache if cache is None else cache,
         )
         return state, metrics

@@ -26,6 +26,20 @@ MODELS = {
         "mlp": "gelu",
         "decay": {"chunk_len": 4, "conv_len": 3},
     },
+    "vq": {
+        "name": "transformer_vq",
+        "n_kv_heads": 1,
+        "d_value": 6,
+        "mlp": "relu2",
+        "vq": {"codebook_size": 7, "window_len": 5, "block_len": 4},
+    },
+    "vq_gated": {
+        "name": "transformer_vq",
+        "n_heads": 1,
+        "mlp": "none",
+        "d_value": 20,
+        "vq": {"codebook_size": 7, "window_len": 4, "gate": "silu"},
+    },
     "mixed": {
         "pattern": ("decay", "decay", "sliding"),
         "n_layers": 3,

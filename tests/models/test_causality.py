@@ -17,6 +17,11 @@ STACKS = {
     "gqa_relative": {"n_kv_heads": 1, "softmax": {"position": "relative"}},
     "sliding": {"pattern": ("sliding",), "sliding": {"window_len": 3}},
     "decay": {"pattern": ("decay",), "decay": {"chunk_len": 3}},
+    "vq": {
+        "pattern": ("vq",),
+        "n_kv_heads": 1,
+        "vq": {"window_len": 2, "block_len": 2, "codebook_size": 3},
+    },
     "mixed_in_segments": {
         "pattern": ("decay", "sliding"),
         "decay": {"chunk_len": 2},
@@ -26,7 +31,7 @@ STACKS = {
 }
 
 
-FAST = ("gqa_relative", "sliding", "decay")
+FAST = ("gqa_relative", "sliding", "decay", "vq")
 
 
 @pytest.fixture(
@@ -37,18 +42,20 @@ FAST = ("gqa_relative", "sliding", "decay")
 def influence(request):
     """Returns (reset or None) -> [seq, seq], the size of d output[t] / d input[s]."""
     model = build_model({**SMALL, **STACKS[request.param]})
-    params = random_variables(lambda: model.init(jax.random.key(0))["params"]["stack"])
+    variables = random_variables(lambda: model.init(jax.random.key(0)))
+    state = variables["model_state"].get("stack", {})
     x = make_normal(0, SEQ, D_MODEL)
 
     @jax.jit
     def jacobian(documents):
         def run(x):
+            stack = variables["params"]["stack"], state
             y, _, _ = apply_stack(
-                model.config, params, x[None], documents, None, key=None, train=False
+                model.config, *stack, x[None], documents, None, key=None, train=False
             )
             return y[0]
 
-        return jnp.sqrt(jnp.sum(jax.jacfwd(run)(jnp.asarray(x)) ** 2, axis=(1, 3)))
+        return jnp.sqrt(jnp.sum(jax.jacrev(run)(jnp.asarray(x)) ** 2, axis=(1, 3)))
 
     @in_float64
     def run(reset):

@@ -26,7 +26,11 @@ MISTAKES = [
     ({"d_value": -1}, "config.model.d_value must not be negative: got -1"),
     ({"d_ff": -1}, "config.model.d_ff must not be negative: got -1"),
     ({"segment_len": -1}, "config.model.segment_len must not be negative: got -1"),
-    ({"mlp": "relu"}, "config.model.mlp must be one of ['swiglu', 'gelu']: got 'relu'; choose one"),
+    (
+        {"mlp": "relu"},
+        "config.model.mlp must be one of ['swiglu', 'gelu', 'relu2', 'none']: "
+        "got 'relu'; choose one",
+    ),
     ({"norm": "batch"}, "config.model.norm must be one of ['rms', 'layer']: got 'batch'"),
     ({"dtype": "float16"}, "config.model.dtype must be one of"),
     ({"remat": "all"}, "config.model.remat must be one of ['none', 'dots', 'full']: got 'all'"),
@@ -43,7 +47,10 @@ MISTAKES = [
         "config.model.n_kv_heads must divide n_heads: got n_kv_heads=4, n_heads=6; "
         "use n_kv_heads=3",
     ),
-    ({"name": "rnn"}, "config.model.name must be one of ['transformer', 'decay']: got 'rnn'"),
+    (
+        {"name": "rnn"},
+        "config.model.name must be one of ['transformer', 'transformer_vq', 'decay']: got 'rnn'",
+    ),
     ({"pattern": ("decay", "conv")}, "config.model.pattern must be one of"),
     (
         {"pattern": ("decay", "sliding"), "n_layers": 3},
@@ -61,6 +68,16 @@ MISTAKES = [
     ({"decay": {"chunk_len": 0}}, "config.model.decay.chunk_len must be positive: got 0"),
     ({"decay": {"position": "relative"}}, "config.model.decay.position must be one of"),
     ({"decay": {"rope_theta": 0}}, "config.model.decay.rope_theta must be positive: got 0"),
+    ({"vq": {"codebook_size": 0}}, "config.model.vq.codebook_size must be positive: got 0"),
+    ({"vq": {"window_len": 0}}, "config.model.vq.window_len must be positive: got 0"),
+    ({"vq": {"block_len": -1}}, "config.model.vq.block_len must not be negative: got -1"),
+    ({"vq": {"reduction": "x"}}, "config.model.vq.reduction must be one of ['serial', 'matmul'"),
+    ({"vq": {"gate": "gelu"}}, "config.model.vq.gate must be one of ['silu', 'none']: got 'gelu'"),
+    ({"vq": {"position": "rotary"}}, "config.model.vq.position must be one of ['relative'"),
+    ({"vq": {"position_dropout": 1}}, "config.model.vq.position_dropout must be in [0, 1): got 1"),
+    ({"vq": {"codebook_decay": 2}}, "config.model.vq.codebook_decay must be in [0, 1]: got 2; it"),
+    ({"vq": {"codebook_start": "x"}}, "config.model.vq.codebook_start must be one of ['sphere'"),
+    ({"vq": {"smoothing": "x"}}, "config.model.vq.smoothing must be one of ['clip', 'laplace']"),
 ]
 
 
@@ -108,6 +125,12 @@ def n_params(c, heads_of_layers):
             mixer = c.d_model * (c.n_heads * (c.d_key + 2 * c.d_value) + kv) + c.d_value
             mixer += c.decay.conv_len * c.d_model
             mixer += (c.d_model + 1) * c.n_heads * (c.decay.kind == "gated")
+        elif kind == "vq":
+            kv = c.n_kv_heads * (c.d_key + c.d_value)
+            gate = c.n_heads * c.d_value * (c.vq.gate == "silu")
+            mixer = c.d_model * (c.n_heads * (c.d_key + c.d_value) + kv + gate)
+            mixer += c.d_key * (c.d_model * c.n_kv_heads + 2 * c.n_heads)  # positions
+            mixer += c.n_kv_heads * c.vq.codebook_size * (c.d_key + 1)  # codebook, not trained
         else:
             query_and_out = c.n_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))
@@ -115,7 +138,7 @@ def n_params(c, heads_of_layers):
             mixer += (
                 c.n_heads * 32 * (softmax.position == "relative") + 2 * c.d_key * softmax.qk_norm
             )
-        total += mixer + mlp + 2 * norm
+        total += mixer + norm + (mlp + norm) * (c.mlp != "none")
     return total
 
 

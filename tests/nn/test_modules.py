@@ -286,6 +286,7 @@ def make_block(dropout=0.0, **changes):
             "d_ff": 12,
             "norm": "rms",
             "dropout": dropout,
+            "layer_drop": 0.0,
             "dtype": "float32",
             "output_scale": 1.0,
             **changes,

@@ -157,7 +157,8 @@ def codewords(
 
     "clip": sums / max(count, MIN_COUNT), as published: a code unused for hundreds of updates
     shrinks to the origin, where it catches keys that no codeword is near. "laplace": counts are
-    smoothed towards uniform, (n + e) / (N + S e) N with e = LAPLACE, which shrinks rare codes a little.
+    smoothed towards uniform, (n + e) / (N + S e) N with e = LAPLACE, which shrinks rare codes a
+    little.
     """
     sums, counts = jax.lax.stop_gradient((codebook.sums, codebook.counts))
     if smoothing == "laplace":
