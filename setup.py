@@ -25,6 +25,7 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "ruff",
+    "sentencepiece",
 ]
 
 setup(

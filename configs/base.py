@@ -35,7 +35,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.mlp = "swiglu"  # swiglu | gelu | relu2 | none (blocks of a mixer alone)
     c.d_ff = 0  # MLP width; 0 = 8/3 d_model (swiglu) or 4 d_model (others), up to a multiple of 32
     c.norm = "rms"  # rms | layer
-    c.vocab_size = 256  # token ids are 0 .. vocab_size-1; 256 for bytes
+    c.vocab_size = 256  # token ids are 0 .. vocab_size-1: 256 for bytes, 257 for delimited_bytes
     c.tie_embeddings = True  # output matrix = input embedding
     c.dropout = 0.0  # probability, on what each mixer and MLP adds
     c.embed_dropout = 0.0  # probability, on the embedding
@@ -102,15 +102,16 @@ def model_config() -> ml_collections.ConfigDict:
 def data_config() -> ml_collections.ConfigDict:
     """Where text comes from and how it is cut into windows."""
     c = ml_collections.ConfigDict()
-    c.name = (
-        "python_source"  # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds
-    )
+    # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds | imagenet64
+    c.name = "python_source"
     c.data_dir = ""  # folder of the data set; "" = $LONGCTX_DATA_DIR, else ~/data
     c.files = ()  # text: file names or globs, read in sorted order
     c.validation_fraction = 0.05  # text: share of the bytes, before the test share
     c.test_fraction = 0.05  # text: share of the bytes, at the end
     c.download = True  # enwik8: fetch it if it is not in data_dir
-    c.tokenizer = "bytes"  # bytes
+    # bytes | delimited_bytes (257 ids, 256 follows each document: imagenet64 needs it) | the path
+    # of a SentencePiece model, *.model (scripts.train_tokenizer makes one)
+    c.tokenizer = "bytes"
     c.seq_len = 256  # tokens a row: the window between two parameter updates
     c.global_batch_size = 16  # rows a step, over all processes
     c.order = "stripes"  # stripes: row b of a batch continues row b of the last | shuffled: windows
@@ -127,7 +128,9 @@ def optim_config() -> ml_collections.ConfigDict:
     c.warmup_steps = 100  # linear, from 0
     c.final_fraction = 0.1  # learning rate at the end, as a share of the peak
     c.decay_fraction = 0.2  # wsd: share of the steps spent decaying
-    c.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
+    c.weight_decay = 0.1  # decoupled; matrices only
+    c.decay_times_rate = True  # weight decay is multiplied by the learning rate
+    c.parameter_scale = False  # adafactor: updates are relative to the size of the parameter
     c.beta1 = 0.9
     c.beta2 = 0.95
     c.eps = 1e-8

@@ -32,7 +32,7 @@ class TrainedRun:
 
 def train_data(config: ml_collections.ConfigDict, splits: data.Splits) -> TrainData:
     """Returns the training split as the loop wants it."""
-    tokenizer = data.build_tokenizer(config.data.tokenizer)
+    tokenizer = data.build_tokenizer(config.data.tokenizer, config.data.data_dir)
     stream = splits["train"]
     sizes = {
         "seq_len": config.data.seq_len,
@@ -41,13 +41,15 @@ def train_data(config: ml_collections.ConfigDict, splits: data.Splits) -> TrainD
         "order": config.data.order,
     }
     dataset = data.make_dataset(stream, tokenizer, **sizes, vocab_size=config.model.vocab_size)
-    if is_one_document(stream):
+    tokens = data.tokenize(stream, tokenizer)
+    seq_len, order = config.data.seq_len, config.data.order
+    if is_one_document(stream) or data.rows_lie_within_samples(tokens, seq_len, order):
         # No boundary to mask, so fused kernels apply; a wrap at the end of the text goes unmarked.
         dataset = dataset.map(lambda batch: {k: v for k, v in batch.items() if k != "segment_ids"})
     return TrainData(
         dataset=dataset,
         position_of=lambda step: data.position_of(stream, tokenizer, step, **sizes),
-        is_bytes=tokenizer.name == "bytes",
+        is_bytes=data.each_token_is_a_byte(tokens),
     )
 
 
@@ -71,7 +73,8 @@ def evaluate_split(
     show_progress: bool = False,
 ) -> dict[str, float]:
     """Streams (the first max_bytes of, 0 = all of) a split through the model; see `evaluate`."""
-    tokens = data.tokenize(stream, data.build_tokenizer(config.data.tokenizer))
+    tokenizer = data.build_tokenizer(config.data.tokenizer, config.data.data_dir)
+    tokens = data.tokenize(stream, tokenizer)
     batches = data.evaluation_stripes(
         tokens,
         batch_size=config.eval.batch_size,
@@ -79,15 +82,19 @@ def evaluate_split(
         max_bytes=max_bytes,
         vocab_size=config.model.vocab_size,
     )
-    n_bytes = min(stream.n_bytes, max_bytes) if max_bytes else stream.n_bytes
+    n_tokens = tokens.tokens_within(max_bytes or stream.n_bytes)
+    first_token_bytes = None
+    if tokenizer.separator_id < 0:
+        first_token_bytes = int(tokenizer.token_bytes(tokens.read(0, 1))[0])
+    is_text = not stream.sample_bytes
     return evaluate(
         model,
         variables,
         batches,
         cache_len=eval_cache_len(config),
-        first_token_bytes=int(tokens.tokenizer.token_bytes(tokens.read(0, 1))[0]),
-        n_words=data.count_words(stream, n_bytes),
-        progress=progress_line(tokens.tokens_within(n_bytes)) if show_progress else None,
+        first_token_bytes=first_token_bytes,
+        n_words=data.count_words(stream, tokens.byte_offset(n_tokens)) if is_text else 0,
+        progress=progress_line(n_tokens) if show_progress else None,
     )
 
 

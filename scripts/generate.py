@@ -1,6 +1,8 @@
 """Samples text from a run.
 
-python -m scripts.generate --workdir=DIR --prompt="..." [--max_new_tokens=N] [--temperature=T]
+    python -m scripts.generate --workdir=DIR --prompt="..." [--max_new_tokens=N] [--temperature=T]
+
+A prompt is the beginning of a document; where the model ends the document, printing stops.
 """
 
 import os
@@ -44,12 +46,12 @@ def main(arguments: list[str]) -> None:
     if not texts:
         raise common.UsageError("a prompt is needed: got none; give --prompt='...'")
     run = assembly.restore_run(WORKDIR.value, STEP.value)
-    tokenizer = data.build_tokenizer(run.config.data.tokenizer)
+    tokenizer = data.build_tokenizer(run.config.data.tokenizer, run.config.data.data_dir)
     start = time.monotonic()
     tokens = generate(
         run.model,
         run.variables,
-        [tokenizer.encode(text) for text in texts],
+        [data.prompt_ids(tokenizer, text) for text in texts],
         max_new_tokens=MAX_NEW_TOKENS.value,
         key=jax.random.key(SEED.value),
         sampling=sampling,
@@ -59,7 +61,8 @@ def main(arguments: list[str]) -> None:
     for text, row in zip(texts, tokens, strict=True):
         if len(texts) > 1:
             print("-" * 78)
-        print((text + tokenizer.decode(row)).decode(errors="replace"))
+        continuation = tokenizer.decode(data.until_separator(tokenizer, row))
+        print((text + continuation).decode(errors="replace"))
     print(
         f"{tokens.size} tokens in {seconds:.1f} s, compilation included "
         f"(step {run.step}, temperature {sampling.temperature}, seed {SEED.value})",

@@ -10,17 +10,15 @@ import gzip
 import hashlib
 import http.client
 import json
-import os
 import pathlib
-import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
 from typing import IO, cast
 
 from absl import logging
 
+from longctx_jax.data.files import write_atomically
 from longctx_jax.data.splits import SPLIT_NAMES, Splits, resolve_data_dir, where_from
 from longctx_jax.data.streams import map_file
 
@@ -131,28 +129,9 @@ def _verify_once(path: pathlib.Path) -> None:
         pass  # No note, or not ours: check again.
     _require(path, ENWIK8_BYTES, "md5", ENWIK8_MD5, GET_ENWIK8)
     try:
-        _write_atomically(note, lambda file: file.write(json.dumps(facts).encode()))
+        write_atomically(note, lambda file: file.write(json.dumps(facts).encode()))
     except OSError as error:
         logging.info("enwik8 check_not_noted path=%s reason=%s", note, error)
-
-
-def _write_atomically(
-    target: pathlib.Path,
-    write: Callable[[IO[bytes]], object],
-    check: Callable[[pathlib.Path], None] | None = None,
-) -> None:
-    """Writes `target` through a temporary file beside it, so that it is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = pathlib.Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        if check is not None:
-            check(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _unpack(archive: pathlib.Path) -> pathlib.Path:
@@ -172,7 +151,7 @@ def _unpack(archive: pathlib.Path) -> pathlib.Path:
 
     try:
         with _open_archive(archive) as packed:
-            _write_atomically(target, functools.partial(_copy, packed, limit=ENWIK8_BYTES), check)
+            write_atomically(target, functools.partial(_copy, packed, limit=ENWIK8_BYTES), check)
     except PermissionError as error:
         raise PermissionError(
             f"{archive} must be unpacked beside itself, and its folder cannot be written "
@@ -208,7 +187,7 @@ def _obtain(root: pathlib.Path, chosen_by: str, download: bool) -> pathlib.Path:
     if download:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            _write_atomically(archive, _download)
+            write_atomically(archive, _download)
             return archive
         except (OSError, http.client.HTTPException) as error:
             reason = f"downloading {ENWIK8_URL} failed ({type(error).__name__}: {error})"

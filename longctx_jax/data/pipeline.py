@@ -17,7 +17,8 @@ import grain
 import numpy as np
 
 from longctx_jax.data.streams import TextStream
-from longctx_jax.data.tokenizers import Tokenizer, TokenStream, check_ids, tokenize
+from longctx_jax.data.tokenizers import tokenize
+from longctx_jax.data.tokens import Tokenizer, TokenStream, check_ids, check_vocab_size
 
 # Fields of a batch, each [rows, seq_len]: tokens int32 (inputs), targets int32 (the next tokens),
 # weights float32 (1 = counts), segment_ids int32 (document of each input token: constant within a
@@ -49,7 +50,9 @@ def make_dataset(
     stripes: row b is the cyclic stream that starts at token (offset(seed) + b * (N // B)) mod N,
     for ever; step s has its tokens s * seq_len onwards. Each return to the start of the stream adds
     the number of documents to the segment ids. shuffled: the (N - 1) // seq_len windows of seq_len
-    inputs are put in a fresh order each epoch; a batch may span two epochs.
+    inputs are put in a fresh order each epoch; a batch may span two epochs. Where seq_len divides
+    the bytes of a sample (`TokenStream.sample_len` - 1), windows are aligned: the first one of each
+    sample has the separator before it as its first input, and no separator is a target.
 
     Args:
         stream: text of one split.
@@ -68,6 +71,7 @@ def make_dataset(
     Raises:
         ValueError: for settings that contradict each other or a stream too short for one batch.
     """
+    check_vocab_size(tokenizer, vocab_size)
     tokens = tokenize(stream, tokenizer)
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
@@ -83,6 +87,12 @@ def make_dataset(
         )
     read = functools.partial(_read_row, tokens, seq_len, vocab_size)
     return starts[process_index::process_count].map(read).batch(global_batch_size // process_count)
+
+
+def rows_lie_within_samples(tokens: TokenStream, seq_len: int, order: str) -> bool:
+    """Whether training rows are aligned with samples, so that no row crosses a boundary."""
+    is_cut_whole = tokens.sample_len > 0 and (tokens.sample_len - 1) % seq_len == 0
+    return order == "shuffled" and is_cut_whole
 
 
 def position_of(
@@ -168,12 +178,15 @@ def _row_starts(
         )
         return grain.MapDataset.range(_N_STRIPE_ROWS).map(start)
     if order == "shuffled":
-        n_windows = (tokens.n_tokens - 1) // seq_len
+        is_aligned = rows_lie_within_samples(tokens, seq_len, order)
+        sample_len = tokens.sample_len if is_aligned else tokens.n_tokens
+        n_windows = (tokens.n_tokens // sample_len) * ((sample_len - 1) // seq_len)
         if n_windows < global_batch_size:
             needed = seq_len * global_batch_size + 1
             raise _too_short(tokens, seq_len, global_batch_size, order, needed)
         windows = grain.MapDataset.range(n_windows).seed(seed).shuffle().repeat()
-        return windows.map(lambda window: int(window) * seq_len)
+        first = -1 if is_aligned else 0  # -1: the separator before the first sample
+        return windows.map(functools.partial(_window_start, first, sample_len, seq_len))
     raise ValueError(
         f"config.data.order must be one of {ORDERS}: got {order!r}; set it to one of them"
     )
@@ -206,27 +219,51 @@ def _stripe_start(
     return offset + row * (n_tokens // global_batch_size) + step * seq_len
 
 
+def _window_start(first: int, sample_len: int, seq_len: int, index: int) -> int:
+    """Returns where window `index` starts: each sample has (sample_len - 1) // seq_len of them."""
+    sample, window = divmod(int(index), (sample_len - 1) // seq_len)
+    return first + sample * sample_len + window * seq_len
+
+
 def _read_row(tokens: TokenStream, seq_len: int, vocab_size: int, start: int) -> Batch:
     """Returns one row, fields [seq_len], of the cyclic stream from `start` on."""
-    lap, position = divmod(start, tokens.n_tokens)
-    ids, segments = [], []
-    missing = seq_len + 1
-    while missing:
-        stop = min(position + missing, tokens.n_tokens)
-        piece = tokens.read(position, stop)
-        check_ids(piece, vocab_size, tokens.name, position)
-        ids.append(piece)
-        documents = tokens.document_index(np.arange(position, stop))
-        segments.append(documents + lap * tokens.n_documents)
-        missing -= stop - position
-        lap, position = lap + 1, 0
-    row = np.concatenate(ids)
+    row, segments = _read_cyclic(tokens, start, seq_len + 1, vocab_size)
     return {
         "tokens": row[:-1],
         "targets": row[1:],
-        "weights": np.ones(seq_len, np.float32),
-        "segment_ids": (np.concatenate(segments)[:-1] % _SEGMENT_MODULUS).astype(np.int32),
+        "weights": _weights(tokens, row[1:]),
+        "segment_ids": (segments[:-1] % _SEGMENT_MODULUS).astype(np.int32),
     }
+
+
+def _read_cyclic(
+    tokens: TokenStream, start: int, count: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids int32 and documents int64 [count] of the cyclic stream from `start` on.
+
+    Position -1 is the last token of the lap before: a separator that begins document 0, if the
+    tokenizer has separators. vocab_size 0 = ids are not checked.
+    """
+    lap, position = divmod(start, tokens.n_tokens)
+    ids, documents = [], []
+    while count:
+        stop = min(position + count, tokens.n_tokens)
+        piece = tokens.read(position, stop)
+        if vocab_size:
+            check_ids(piece, vocab_size, tokens.name, position)
+        ids.append(piece)
+        index = tokens.document_index(np.arange(position, stop))
+        documents.append(index + lap * tokens.n_documents)
+        count -= stop - position
+        lap, position = lap + 1, 0
+    return np.concatenate(ids), np.concatenate(documents)
+
+
+def _weights(tokens: TokenStream, targets: np.ndarray) -> np.ndarray:
+    """Returns 1 for each target that counts, float32: all but the separators of samples."""
+    if tokens.sample_len:
+        return (targets != tokens.tokenizer.separator_id).astype(np.float32)
+    return np.ones(targets.shape, np.float32)
 
 
 def evaluation_stripes(
@@ -237,12 +274,14 @@ def evaluation_stripes(
     max_bytes: int = 0,
     vocab_size: int = 0,
 ) -> Iterator[Batch]:
-    """Returns an iterator of batches whose targets are tokens 1 .. N-1 of a split, each once.
+    """Returns an iterator of batches whose targets are the tokens of a split, each once.
 
-    The targets are cut into `batch_size` contiguous stripes whose lengths differ by at most one;
-    row b of each batch continues row b of the last, and the first input of a stripe is the token
-    before its first target. Token 0 has no predecessor: the caller charges it. Padding, at the ends
-    of rows, is 0 in `weights` and `target_bytes`. N = 1 gives no batch.
+    The targets are cut into `batch_size` contiguous stripes whose lengths differ by at most one
+    token (one sample, where the stream has samples); row b of each batch continues row b of the
+    last, and the first input of a stripe is the token before its first target. Before token 0
+    stands a separator, if the tokenizer has one; otherwise token 0 is no target and the caller
+    charges it, and N = 1 gives no batch. Padding, at the ends of rows, is 0 in `weights` and
+    `target_bytes`; so is the weight of a sample's separator.
 
     Args:
         tokens: from `tokenize`.
@@ -252,7 +291,7 @@ def evaluation_stripes(
         vocab_size: number of ids the model knows; others raise ValueError. 0 = not checked.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, or max_bytes below the first token.
     """
     for field, value, least in (
         ("config.eval.batch_size", batch_size, 1),
@@ -261,12 +300,22 @@ def evaluation_stripes(
     ):
         if value < least:
             raise ValueError(f"{field} must be at least {least}: got {value}; raise it")
+    if vocab_size:
+        check_vocab_size(tokens.tokenizer, vocab_size)
     n_tokens = tokens.tokens_within(max_bytes) if max_bytes else tokens.n_tokens
-    short, n_longer = divmod(max(n_tokens - 1, 0), batch_size)
+    if n_tokens < 1:
+        raise ValueError(
+            f"config.eval.max_bytes must reach the end of the first token of {tokens.name}: got "
+            f"{max_bytes}; raise it"
+        )
+    first = 1 if tokens.tokenizer.separator_id < 0 else 0
+    unit = tokens.sample_len or 1
+    short, n_longer = divmod(-(-(n_tokens - first) // unit), batch_size)
     rows = np.arange(batch_size)
-    starts = 1 + rows * short + np.minimum(rows, n_longer)  # first target of each stripe
-    stops = starts + short + (rows < n_longer)
-    n_batches = -(-(short + (n_longer > 0)) // seq_len)
+    lengths = (short + (rows < n_longer)) * unit
+    starts = first + (rows * short + np.minimum(rows, n_longer)) * unit  # each stripe's targets
+    stops = np.minimum(starts + lengths, n_tokens)
+    n_batches = -(-max(0, int(np.max(stops - starts))) // seq_len)
     return (
         _evaluation_batch(tokens, starts + k * seq_len, stops, seq_len, vocab_size)
         for k in range(n_batches)
@@ -289,15 +338,12 @@ def _evaluation_batch(
         n_targets = min(seq_len, stop - start)
         if n_targets <= 0:
             continue
-        ids = tokens.read(start - 1, start + n_targets)
-        if vocab_size:
-            check_ids(ids, vocab_size, tokens.name, start - 1)
-        segments = tokens.document_index(np.arange(start - 1, start - 1 + n_targets))
+        ids, segments = _read_cyclic(tokens, start - 1, n_targets + 1, vocab_size)
         batch["tokens"][row, :n_targets] = ids[:-1]
         batch["targets"][row, :n_targets] = ids[1:]
-        batch["weights"][row, :n_targets] = 1.0
+        batch["weights"][row, :n_targets] = _weights(tokens, ids[1:])
         # Padding stays in the last document, so that it resets nothing.
-        batch["segment_ids"][row, :n_targets] = segments
-        batch["segment_ids"][row, n_targets:] = segments[-1]
+        batch["segment_ids"][row, :n_targets] = segments[:-1]
+        batch["segment_ids"][row, n_targets:] = segments[-2]
         batch["target_bytes"][row, :n_targets] = tokens.tokenizer.token_bytes(ids[1:])
     return batch

@@ -2,7 +2,7 @@
 
 `python_source` is the installed Python standard library, so every machine has real text; its bytes
 depend on the Python version, so numbers on it compare only within one. `text` is the user's files.
-The others live in `enwik8.py`, `pg19.py` and `tfds_source.py`.
+The others live in `enwik8.py`, `pg19.py`, `imagenet64.py` and `tfds_source.py`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from absl import logging
 
-from longctx_jax.data import enwik8, pg19, tfds_source
+from longctx_jax.data import enwik8, imagenet64, pg19, tfds_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
 from longctx_jax.data.streams import FileStream, SliceStream, TextStream, concatenate
 
@@ -216,4 +216,5 @@ SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
     "pg19": lambda data: pg19.load_pg19(data.data_dir),
     "pg19_mini": lambda data: pg19.load_pg19_mini(data.data_dir),
     "pg19_tfds": lambda data: tfds_source.load_pg19_tfds(data.data_dir),
+    "imagenet64": lambda data: imagenet64.load_imagenet64(data.data_dir),
 }

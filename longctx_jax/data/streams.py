@@ -28,7 +28,11 @@ class TextStream(abc.ABC):
         n_bytes: length of the stream, at least 1.
         document_starts: int64 [n_documents], offset of each document's first byte, strictly
             increasing; the first is 0.
+        sample_bytes: length of each document if documents are samples of one size, such as images,
+            that only make sense whole and apart; 0 = text.
     """
+
+    sample_bytes: int = 0
 
     def __init__(self, name: str, n_bytes: int, document_starts: np.ndarray):
         """Stores the three facts; raises ValueError if they contradict each other."""
@@ -221,8 +225,9 @@ def _starts(sizes: Sequence[int]) -> np.ndarray:
 def count_words(stream: TextStream, n_bytes: int = 0, *, piece_bytes: int = 1 << 24) -> int:
     """Returns how many whitespace-separated words the first n_bytes hold (0 = the whole stream).
 
-    Space, tab, newline, carriage return, vertical tab and form feed separate words. A word cut by
-    n_bytes counts as one. Constant memory: piece_bytes are read at a time.
+    Space, tab, newline, carriage return, vertical tab and form feed separate words, and so does the
+    end of a document. A word cut by n_bytes counts as one. Constant memory: piece_bytes are read at
+    a time.
     """
     is_space = np.zeros(256, bool)
     is_space[list(b" \t\n\r\v\f")] = True
@@ -231,6 +236,8 @@ def count_words(stream: TextStream, n_bytes: int = 0, *, piece_bytes: int = 1 <<
     for start in range(0, end, piece_bytes):
         spaces = is_space[stream.read(start, min(start + piece_bytes, end))]
         before = np.concatenate([[previous_is_space], spaces[:-1]])
+        first, last = np.searchsorted(stream.document_starts, [start, start + spaces.size])
+        before[stream.document_starts[first:last] - start] = True
         n_words += int(np.sum(before & ~spaces))
         previous_is_space = bool(spaces[-1])
     return n_words

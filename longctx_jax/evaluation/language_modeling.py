@@ -2,8 +2,8 @@
 
 The text is cut into a few stripes that advance in parallel, each with its own carried cache, so
 every token but the first of a stripe sees all that its cache can hold. Bits per byte are total bits
-over raw text bytes, whatever the tokenizer; the first token of the text, which nothing precedes, is
-charged log(vocabulary size).
+over raw text bytes, whatever the tokenizer; separators of documents cost bits and stand for no
+byte. The first token of a text that no separator precedes is charged log(vocabulary size).
 """
 
 import functools
@@ -40,7 +40,7 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     *,
     cache_len: int,
-    first_token_bytes: int = 1,
+    first_token_bytes: int | None = 1,
     n_words: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -49,20 +49,22 @@ def evaluate(
     Args:
         batches: windows in order, fields tokens, targets, weights, segment_ids, target_bytes.
         cache_len: tokens that full attention looks back on.
-        first_token_bytes: raw bytes of the text's first token.
+        first_token_bytes: raw bytes of the text's first token, which is in no window; None = the
+            windows have it.
         n_words: words of the text, for `perplexity_per_word`; 0 = not reported.
         progress: called after each window.
 
     Returns:
-        bits_per_byte, nats_per_token, perplexity_per_token, perplexity_per_word (if n_words),
-        tokens, bytes.
+        bits_per_byte, nats_per_token, perplexity_per_token, perplexity_per_word (if n_words: the
+        exponential of all nats over the number of words), tokens, bytes.
 
     Raises:
         ValueError: if the text is empty or the loss is not finite.
     """
     cache: ModelCache | None = None
-    n_tokens, n_bytes = 1, first_token_bytes
-    nats = math.log(model.config.vocab_size)
+    n_tokens, n_bytes, nats = 0, 0, 0.0
+    if first_token_bytes is not None:
+        n_tokens, n_bytes, nats = 1, first_token_bytes, math.log(model.config.vocab_size)
     pending: list[jax.Array] = []
     start = time.monotonic()
     for batch in batches:

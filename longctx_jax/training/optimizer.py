@@ -60,8 +60,9 @@ def make_schedule(config: Any, n_steps: int) -> optax.Schedule:
 def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformation, Callable]:
     """Returns the optax transformation of `config.optim`, and its schedule for logging.
 
-    Weight decay is decoupled, multiplied by the learning rate, and applies to matrices only; "adam"
-    is the one without it.
+    Weight decay is decoupled and applies to matrices only; "adam" is the one without it. It is
+    multiplied by the learning rate, unless config.optim.decay_times_rate is off: then every step
+    takes weight_decay of each weight, as several papers have it.
     "muon" orthogonalises the update of every layer's matrices (scaled by 0.2 sqrt(max side), so
     Adam's learning rates carry over) and leaves the rest to Adam.
 
@@ -79,7 +80,8 @@ def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformat
             "use something like 1e-3"
         )
     schedule = make_schedule(config, n_steps)
-    decay = {"weight_decay": config.weight_decay, "mask": is_matrix}
+    rate = config.weight_decay if config.decay_times_rate else 0.0
+    decay = {"weight_decay": rate, "mask": is_matrix}
     betas = {"b1": config.beta1, "b2": config.beta2}
     if config.name == "adamw":
         core = optax.adamw(schedule, **betas, eps=config.eps, **decay)
@@ -90,15 +92,15 @@ def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformat
     elif config.name == "adafactor":
         core = optax.adafactor(
             schedule,
-            multiply_by_parameter_scale=False,
+            multiply_by_parameter_scale=config.parameter_scale,
         )
-        core = optax.chain(core, _decoupled_decay(config.weight_decay, schedule))
+        core = optax.chain(core, _decoupled_decay(rate, schedule))
     elif config.name == "muon":
         core = contrib.muon(
             schedule,
             beta=0.95,
             eps=config.eps,
-            weight_decay=config.weight_decay,
+            weight_decay=rate,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             consistent_rms=0.2,
@@ -106,13 +108,17 @@ def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformat
         )
     else:
         sgd = optax.sgd(schedule, momentum=config.beta1)
-        core = optax.chain(sgd, _decoupled_decay(config.weight_decay, schedule))
+        core = optax.chain(sgd, _decoupled_decay(rate, schedule))
+    if not config.decay_times_rate and config.name != "adam":
+        core = optax.chain(core, _decoupled_decay(config.weight_decay, 1.0))
     if config.clip_norm > 0:
         core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
     return core, schedule
 
 
-def _decoupled_decay(rate: float, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _decoupled_decay(
+    rate: float, schedule: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
     """Adds -rate * learning rate * weight to the update of every matrix."""
     decay = optax.chain(
         optax.scale(0.0), optax.add_decayed_weights(rate), optax.scale_by_learning_rate(schedule)

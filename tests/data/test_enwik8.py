@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longctx_jax import data
-from longctx_jax.data import enwik8
+from longctx_jax.data import enwik8, files
 
 TEXT = np.random.default_rng(0).integers(97, 123, 2000, np.uint8).tobytes()
 
@@ -152,7 +152,7 @@ def test_folder_that_cannot_be_written_is_named(load, tmp_path, monkeypatch):
     def refuse(**kwargs):
         raise PermissionError(13, "Permission denied", kwargs["dir"])
 
-    monkeypatch.setattr(enwik8.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
     with pytest.raises(
         PermissionError, match=r"unpack it elsewhere and set config\.data\.data_dir"
     ):

@@ -147,3 +147,11 @@ def test_an_empty_stream_is_refused():
         streams.ArrayStream("s", np.zeros(0, np.uint8))
     with pytest.raises(TypeError, match="uint8"):
         streams.ArrayStream("s", np.zeros(3, np.int32))
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 1000])
+def test_a_document_begins_a_word(piece_bytes):
+    stream = streams.concatenate("s", [b"the end", b"the start", b" a", b"b"])
+    assert streams.count_words(stream, piece_bytes=piece_bytes) == 6
+    found = [streams.count_words(stream, n, piece_bytes=piece_bytes) for n in (7, 8, 16, 18, 19)]
+    assert found == [2, 3, 4, 5, 6]

@@ -16,7 +16,7 @@ from longctx_jax.ops.vq.state import VQState, as_tokens, init_vq_state
 from longctx_jax.ops.vq.step import step
 from longctx_jax.typing import Array, Float, Int
 
-BLOCK_LEN = {"cpu": 128}  # queries a block where the caller leaves it open, by platform
+BLOCK_LEN = {"cpu": 256}  # queries a block where the caller leaves it open, by platform
 BLOCK_LEN_ELSEWHERE = 512
 
 
@@ -107,7 +107,7 @@ SEARCHES = (
 
 def nearest_code(
     vectors: Float[Array, "*batch heads key"],
-    codebook: Float[Array, "heads codes key"],
+    codebook: Float[Array, "code_heads codes code_key"],
     *,
     implementation: str = "auto",
 ) -> tuple[Int[Array, "*batch heads"], Float[Array, "*batch heads"]]:
@@ -149,7 +149,7 @@ def vq_attention(
     query: Float[Array, "batch seq heads key"],
     key: Float[Array, "batch seq kv_heads key"],
     value: Float[Array, "batch seq kv_heads value"],
-    codebook: Float[Array, "kv_heads codes key"],
+    codebook: Float[Array, "code_heads codes code_key"],
     state: VQState | None = None,
     *,
     relative_bias: Float[Array, "batch seq heads distances"] | None = None,

@@ -7,7 +7,6 @@ long the stream is.
 
 import dataclasses
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +14,8 @@ from longctx_jax.ops.vq.table import NO_DOCUMENT, Table, empty_table
 from longctx_jax.typing import Array, DType, Float, Int
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class VQState:
     """The ring of recent tokens and the table of older ones, one row a batch entry."""
 

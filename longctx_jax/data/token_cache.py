@@ -1,0 +1,163 @@
+"""Encoded text on disk: one file a stream, written once, mapped afterwards.
+
+Layout: a JSON header padded to `HEADER_BYTES`, the ids (uint16 where they fit, else int32), the
+position of each document's separator (int64). The header holds what the ids were made from and a
+checksum of the rest. A file that is not what it should be is written anew, never used.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+import time
+import zlib
+from collections.abc import Iterable
+from typing import IO, Any
+
+import numpy as np
+from absl import logging
+
+from longctx_jax.data.files import write_atomically
+from longctx_jax.data.streams import TextStream
+
+FORMAT = "longctx_jax tokens 1"
+HEADER_BYTES = 4096
+CHECK_BYTES = 1 << 24  # read at once for the checksum
+DIGEST_ALL_MAX_BYTES = 256_000_000  # texts up to this size are digested whole
+DIGEST_SAMPLES = 512  # places read in a larger one, evenly spaced
+DIGEST_SAMPLE_BYTES = 4096
+LOG_EVERY_S = 30.0
+
+Documents = Iterable[Iterable[np.ndarray]]  # pieces of ids of each document, separator included
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedText:
+    """The ids of a stream and where its documents end."""
+
+    ids: np.ndarray  # uint16 or int32 [n_tokens], memory-mapped
+    separators: np.ndarray  # int64 [n_documents], position of the token that ends each document
+
+
+class DamagedCacheError(ValueError):
+    """A cache file is not what its name says."""
+
+
+def load_or_encode(
+    folder: pathlib.Path, key: dict[str, Any], documents: Documents, vocab_size: int
+) -> EncodedText:
+    """Returns the encoded text that `key` describes, from `folder` or else by encoding.
+
+    Args:
+        folder: of the cache; made if missing.
+        key: what the ids depend on, JSON values; `key["name"]` also names the file.
+        documents: the encoding, read only if there is no good file.
+        vocab_size: ids are below.
+
+    Raises:
+        PermissionError: if the folder cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{re.sub(r'[^A-Za-z0-9._]+', '-', key['name'])}-{digest[:16]}.tokens"
+    try:
+        return _load(path, key)
+    except FileNotFoundError:
+        pass
+    except DamagedCacheError as error:
+        logging.warning("tokens cache_damaged path=%s reason=%s; encoding again", path, error)
+    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
+    logging.info("tokens encoding source=%s path=%s", key["name"], path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, functools.partial(_write, key, documents, np.dtype(dtype)))
+    except PermissionError as error:
+        raise PermissionError(
+            f"the folder of the SentencePiece model must be writable, to keep encoded text in: "
+            f"{folder} is not ({error}); copy the model to another folder and set "
+            "config.data.tokenizer to it"
+        ) from error
+    return _load(path, key)
+
+
+def fingerprint(stream: TextStream) -> str:
+    """Returns a digest of a stream's bytes and document boundaries, hex.
+
+    All bytes count up to `DIGEST_ALL_MAX_BYTES`; beyond, `DIGEST_SAMPLES` pieces of
+    `DIGEST_SAMPLE_BYTES`.
+    """
+    digest = hashlib.sha256(stream.document_starts.tobytes())
+    n_bytes = stream.n_bytes
+    if n_bytes <= DIGEST_ALL_MAX_BYTES:
+        places, size = range(0, n_bytes, CHECK_BYTES), CHECK_BYTES
+    else:
+        places = np.linspace(0, n_bytes - DIGEST_SAMPLE_BYTES, DIGEST_SAMPLES).astype(int).tolist()
+        size = DIGEST_SAMPLE_BYTES
+    for start in places:
+        digest.update(stream.read(start, min(start + size, n_bytes)).tobytes())
+    return digest.hexdigest()
+
+
+def _write(key: dict[str, Any], documents: Documents, dtype: np.dtype, file: IO[bytes]) -> None:
+    file.write(bytes(HEADER_BYTES))
+    n_tokens, checksum, last = 0, 0, time.monotonic()
+    separators = []
+    for document in documents:
+        for ids in document:
+            piece = ids.astype(dtype).tobytes()
+            file.write(piece)
+            checksum = zlib.crc32(piece, checksum)
+            n_tokens += ids.size
+        separators.append(n_tokens - 1)
+        if time.monotonic() - last > LOG_EVERY_S:
+            last = time.monotonic()
+            logging.info(
+                "tokens encoding source=%s documents=%d tokens=%d",
+                key["name"],
+                len(separators),
+                n_tokens,
+            )
+    ends = np.array(separators, np.int64).tobytes()
+    file.write(ends)
+    header = {
+        "format": FORMAT,
+        "key": key,
+        "dtype": dtype.name,
+        "n_tokens": n_tokens,
+        "n_documents": len(separators),
+        "crc32": zlib.crc32(ends, checksum),
+    }
+    text = json.dumps(header).encode()
+    assert len(text) <= HEADER_BYTES, "a header has a dozen short fields"
+    file.seek(0)
+    file.write(text.ljust(HEADER_BYTES))
+
+
+def _load(path: pathlib.Path, key: dict[str, Any]) -> EncodedText:
+    """Returns the content of a cache file; costs one read of it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedCacheError: if it is not whole, not right or not of this key.
+    """
+    with path.open("rb") as file:
+        try:
+            header = json.loads(file.read(HEADER_BYTES))
+            if header["format"] != FORMAT or header["key"] != key:
+                raise DamagedCacheError("it was made from something else")
+            n_tokens, n_documents = int(header["n_tokens"]), int(header["n_documents"])
+            dtype, expected = np.dtype(header["dtype"]), int(header["crc32"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DamagedCacheError):
+                raise
+            raise DamagedCacheError(f"its header cannot be read ({error!r})") from error
+        checksum = 0
+        while piece := file.read(CHECK_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    size = HEADER_BYTES + n_tokens * dtype.itemsize + n_documents * 8
+    if path.stat().st_size != size or checksum != expected:
+        raise DamagedCacheError("its length or checksum is wrong")
+    ids = np.memmap(path, dtype, "r", HEADER_BYTES, (n_tokens,))
+    offset = HEADER_BYTES + n_tokens * dtype.itemsize
+    return EncodedText(ids, np.fromfile(path, np.int64, n_documents, offset=offset))
