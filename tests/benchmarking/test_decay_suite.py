@@ -18,6 +18,7 @@ from longctx_jax.benchmarking import (
     decay_suite,
     decay_summary,
     figures,
+    roofline,
     timing,
 )
 from longctx_jax.benchmarking.suites import Limits
@@ -85,13 +86,13 @@ def test_forward_counts_per_token_and_head(width, n_bytes, n_flops):
 
 def test_floor_is_the_larger_of_bytes_and_flops():
     n_flops = decay_roofline.ideal_flops(H200)
-    top = decay_roofline.ceiling("NVIDIA H200", "bfloat16")
+    top = roofline.ceiling("NVIDIA H200", "bfloat16")
     row = decay_roofline.roofline_fields(H200, 0.125, top, n_flops)
     assert row["floor_ms"] == pytest.approx(0.0625, rel=0.01)  # 8 x 2048 x 32 x 512 B at 4.3 TB/s
     assert row["roofline_fraction"] == pytest.approx(0.5, rel=0.01)
     assert row["tb_per_s"] == pytest.approx(4.3 / 2, rel=0.01)
     assert row["ceiling_source"] == "table"
-    slow = decay_roofline.Ceiling(4.3e12, 1e12, "table")
+    slow = roofline.Ceiling(4.3e12, 1e12, "table")
     row = decay_roofline.roofline_fields(H200, 1.0, slow, n_flops)
     assert row["floor_ms"] == pytest.approx(1e3 * n_flops / 1e12)
     pairs = dataclasses.replace(H200, batch=1, heads=1, seq=3)
