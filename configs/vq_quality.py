@@ -16,4 +16,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.vq.codebook_size = 256
     config.model.vq.window_len = 128
     config.model.vq.codebook_decay = 0.9  # 250 updates are few
+    config.model.vq.reseed_below = 1.0
     return config

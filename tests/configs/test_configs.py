@@ -33,14 +33,28 @@ def test_config_builds(name):
     assert model.config.pattern and n_parameters(model) > 0
 
 
-def test_the_quality_sweep_compares_equal_sizes():
-    from configs.sweeps import decay_quality
-
+@pytest.mark.parametrize("name", ["decay_quality", "vq_quality"])
+def test_a_quality_sweep_compares_equal_sizes(name):
+    """Trained parameters: codebooks are state."""
     sizes = []
-    for override in decay_quality.get_sweep()[:4]:
-        config = importlib.import_module("configs.decay_quality").get_config()
+    for override in importlib.import_module(f"configs.sweeps.{name}").get_sweep():
+        config = importlib.import_module(f"configs.{name}").get_config()
         for field, value in override.items():
             with config.unlocked():
                 config.update_from_flattened_dict({field: value})
-        sizes.append(n_parameters(build_model(config.model)))
+        shapes = jax.eval_shape(build_model(config.model).init, jax.random.key(0))
+        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])))
     assert max(sizes) / min(sizes) < 1.005
+
+
+PUBLISHED = {  # counted by instantiating the published code, codebooks included
+    "configs.enwik8.transformer_vq_190m": 187_679_750,
+    "configs.pg19.transformer_vq_1b3": 1_314_659_584,
+    "configs.imagenet64.transformer_vq_1b2": 1_249_622_276,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """To 0.05%: the published norms also have biases, the heads a few unused parameters."""
+    assert n_parameters(build(name)) == pytest.approx(PUBLISHED[name], rel=5e-4)

@@ -287,7 +287,7 @@ def model_gradients(fields, schedule, segment_len=4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mha", "mixed"])
+@pytest.mark.parametrize("name", ["mha", "mixed", "vq", "vq_gated"])
 def test_a_model_with_dropout_and_a_ragged_tail(name, model_fields):
     fields = model_fields(name, dropout=0.3)
     expected = model_gradients(fields, "sequential")

@@ -1,5 +1,7 @@
 """MLP, embedding, mixers and block: shapes, parameter counts, formulas, dropout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.decay_attention import DecayAttention, log_decays, log_decays_by_layer
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.mlp import MLP
+from longctx_jax.nn.vq_attention import VQAttention
 from tests.helpers import assert_close, make_normal, random_variables
 
 D_MODEL = 8
@@ -322,6 +325,122 @@ def test_dropout_falls_on_what_each_half_adds():
     run = jax.jit(lambda v: block.apply(v, x, None, train=True, rngs={"dropout": KEY})[0])
     y = run(variables)
     assert np.array_equal(y, x)
+
+
+def test_layer_drop_leaves_out_whole_rows():
+    """Half the rows get nothing from a half-block, the others twice of it."""
+    block, plain = make_block(layer_drop=0.5, mlp="none"), make_block(mlp="none")
+    x = jnp.float32(make_normal(0, 64, 3, D_MODEL))
+    variables = init(plain, x, None)
+    assert "mlp" not in variables["params"]
+    added = jax.jit(lambda v: plain.apply(v, x, None)[0])(variables) - x
+    run = jax.jit(lambda v: block.apply(v, x, None, train=True, rngs={"dropout": KEY})[0])
+    dropped = run(variables) - x
+    share = np.asarray(jnp.sum(dropped * added, (1, 2)) / jnp.sum(added**2, (1, 2)))
+    is_kept = share > 1
+    assert 16 < is_kept.sum() < 48
+    assert_close(dropped, 2 * added * is_kept[:, None, None], rel_rms=1e-5)
+
+
+# --- vector-quantised attention ----------------------------------------------------------------
+
+
+def make_vq(**changes):
+    fields = {
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "d_key": 4,
+        "d_value": 6,
+        "d_model": D_MODEL,
+        "codebook_size": 3,
+        "window_len": 3,
+        "block_len": 2,
+        "reduction": "serial",
+        "gate": "silu",
+        "position": "relative",
+        "position_dropout": 0.0,
+        "position_theta": 100.0,
+        "use_table": True,
+        "grad_through_cache": True,
+        "commitment": 1.0,
+        "codebook_decay": 0.9,
+        "codebook_start": "sphere",
+        "smoothing": "clip",
+        "reseed_below": 0.0,
+        "implementation": "auto",
+        "search": "auto",
+        "dtype": "float32",
+        "output_scale": 1.0,
+    }
+    return VQAttention(**{**fields, **changes})
+
+
+def test_vq_attention_is_its_formula():
+    """Written out in numpy, token by token: positions by distance, codes for keys, gate."""
+    mixer = make_vq()
+    x = jnp.float32(make_normal(0, 1, 9, D_MODEL))
+    variables = jax.tree.map(np.asarray, init(mixer, x, None, None, train=False))
+    codebook = variables["model_state"]["codebook"]
+    codebook = codebook._replace(counts=1 + np.abs(codebook.counts))
+    variables["model_state"]["codebook"] = codebook
+    run = jax.jit(lambda v: mixer.apply(v, x, None, None, train=False)[0])
+    actual = run(variables)
+
+    p = variables["params"]
+    x, unit = np.asarray(x[0], np.float64), 4**-0.25
+
+    def silu(y):
+        return y / (1 + np.exp(-y))
+
+    def rms(y):
+        return unit * y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-6)
+
+    query = rms((x @ p["query"]["kernel"]).reshape(9, 2, 4))
+    key = rms(x @ p["key"]["kernel"])
+    words = codebook.sums[0] / codebook.counts[0][:, None]
+    key = words[((key[:, None] - words) ** 2).sum(-1).argmin(-1)]
+    value = silu(x @ p["value"]["kernel"])
+    out = np.zeros((9, 2, 6))
+    for t, h in np.ndindex(9, 2):
+        score = (query[t, h] + unit * p["content_bias"][h]) @ key[: t + 1].T
+        for s in range(max(0, t - 3), t + 1):
+            angle = (t - s) / 100.0 ** (np.arange(0, D_MODEL, 2) / D_MODEL)
+            row = unit * np.concatenate([np.sin(angle), np.cos(angle)]) @ p["relative"]["kernel"]
+            score[s] += (query[t, h] + unit * p["position_bias"][h]) @ row
+        weight = np.exp(score - score.max())
+        out[t, h] = weight @ value[: t + 1] / weight.sum()
+    gated = out.reshape(9, 12) * silu(x @ p["gate"]["kernel"])
+    assert_close(actual[0], gated @ p["out"]["kernel"], rel_rms=1e-5)
+
+
+def test_vq_aux_only_in_training():
+    mixer = make_vq()
+    x = jnp.float32(make_normal(0, 2, 5, D_MODEL))
+    variables = init(mixer, x, None, None, train=False)
+    run = jax.jit(lambda v, train: mixer.apply(v, x, None, None, train=train)[2], static_argnums=1)
+    assert jax.tree.leaves(run(variables, False)) == []
+    aux = run(variables, True)
+    assert set(aux.losses) == {"vq_commitment"} and set(aux.metrics) == {"vq_relative_error"}
+    assert float(jnp.sum(aux.statistics["codebook"].counts)) == 2 * 5
+    fixed = make_vq(codebook_decay=1.0)
+    aux = jax.eval_shape(lambda v: fixed.apply(v, x, None, None, train=True)[2], variables)
+    assert aux.statistics == {}
+
+
+def test_vq_position_dropout_needs_training():
+    mixer = make_vq(position_dropout=0.5)
+    x = jnp.float32(make_normal(0, 1, 5, D_MODEL))
+    variables = init(mixer, x, None, None, train=False)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(key, train):
+        return mixer.apply(variables, x, None, None, train=train, rngs={"dropout": key})[0]
+
+    assert np.array_equal(run(jax.random.key(0), False), run(jax.random.key(1), False))
+    assert not np.allclose(run(jax.random.key(0), True), run(jax.random.key(1), True))
+
+
+# --- block, continued --------------------------------------------------------------------------
 
 
 def test_block_without_mixer_and_mlp_output_is_the_identity():

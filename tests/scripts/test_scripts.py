@@ -94,6 +94,29 @@ def test_plot_draws_the_curves(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_with_state_trains_resumes_evaluates_and_samples(tmp_path):
+    """Transformer-VQ with the standard scripts: codebooks are saved and restored with the rest."""
+    fields = {"model.name": "transformer_vq", "model.vq.codebook_size": 8}
+    fields |= {"model.vq.window_len": 6, "model.mlp": "none", "model.vq.gate": "silu"}
+    changes = [f"--config.{name}={value}" for name, value in fields.items()]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script("train", *train_flags(whole), *changes)
+    for n_steps in (3, 6):
+        script("train", *train_flags(parts), *changes, f"--config.train.n_steps={n_steps}")
+    whole, parts = (
+        [r for r in read_records(folder / "metrics.jsonl") if r.get("step") == 6 and "loss" in r]
+        for folder in (whole, parts)
+    )
+    assert parts[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-6)
+    assert parts[-1]["vq_perplexity"] == pytest.approx(whole[-1]["vq_perplexity"], rel=1e-6)
+    workdir = f"--workdir={tmp_path / 'parts'}"
+    done = script("evaluate", workdir, "--split=test", "--max_bytes=300")
+    assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] == 300
+    done = script("generate", workdir, "--prompt=import", "--max_new_tokens=9", "--seed=1")
+    assert done.stdout.startswith("import")
+
+
+@pytest.mark.slow
 def test_sweep_trains_skips_and_summarises(tmp_path):
     sweep = tmp_path / "sweep.py"
     sweep.write_text(

@@ -97,6 +97,31 @@ def test_weight_decay_is_rate_times_learning_rate(name):
     assert float(jnp.abs(updates["embed"]["table"]).max()) < 1e-8
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_weight_decay_of_its_own(name):
+    """decay_times_rate off: a step takes weight_decay of every matrix, at any learning rate."""
+    fields = {"name": name, "schedule": "cosine", "weight_decay": 0.1, "decay_times_rate": False}
+    tx, _ = make_optimizer(optim(**fields, learning_rate=1e-3), 10)
+    zero = jax.tree.map(jnp.zeros_like, params())
+    updates, _ = jax.jit(tx.update)(zero, tx.init(params()), params())
+    kernel = updates["stack"]["0_softmax"]["query"]["kernel"]
+    np.testing.assert_allclose(kernel, np.full(kernel.shape, -0.1), rtol=1e-5)
+    assert not np.any(updates["embed"]["table"])
+
+
+def test_adafactor_relative_to_the_parameter():
+    gradient = jax.tree.map(jnp.ones_like, params())
+
+    def step(size, **fields):
+        tx, _ = make_optimizer(optim(name="adafactor", weight_decay=0.0, **fields), 10)
+        weights = jax.tree.map(lambda x: size * x, params())
+        updates, _ = jax.jit(tx.update)(gradient, tx.init(weights), weights)
+        return updates["embed"]["table"][0, 0]
+
+    assert step(3.0, parameter_scale=True) == pytest.approx(3 * float(step(1.0)), rel=1e-5)
+    assert step(3.0) == pytest.approx(float(step(1.0)), rel=1e-5)
+
+
 def test_wsd_ends_at_the_final_fraction_however_long_the_warmup():
     schedule = make_schedule(optim(schedule="wsd", warmup_steps=80, decay_fraction=0.5), 100)
     np.testing.assert_allclose(schedule(100), 0.1, atol=1e-6)
