@@ -114,6 +114,11 @@ def test_a_model_with_state_trains_resumes_evaluates_and_samples(tmp_path):
     assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] == 300
     done = script("generate", workdir, "--prompt=import", "--max_new_tokens=9", "--seed=1")
     assert done.stdout.startswith("import")
+    picture = tmp_path / "codes.png"
+    report = script("codebooks", workdir, f"--out={picture}").stdout.strip().splitlines()
+    assert report[0].startswith("layer  0: ") and "of 8 codes in use" in report[0]
+    assert json.loads(report[-1])["layers"][0]["perplexity"] > 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
