@@ -82,7 +82,8 @@ def model_config() -> ml_collections.ConfigDict:
     c.vq.codebook_size = 256  # codewords a key head
     c.vq.window_len = 128  # tokens before a query that keep their own keys, positions and gradients
     c.vq.block_len = 0  # queries a block: speed and memory, never the result; 0 = chosen
-    c.vq.reduction = "serial"  # of the tables before blocks: serial | matmul | associative
+    # of the tables before blocks: auto | serial | matmul | associative | pallas_triton
+    c.vq.reduction = "auto"
     c.vq.gate = "none"  # silu: the published gated unit (silu values, gated output) | none
     c.vq.position = "relative"  # learned bias by distance, inside the window | none
     c.vq.position_dropout = 0.0  # probability, on the sinusoids behind that bias

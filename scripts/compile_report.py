@@ -1,4 +1,4 @@
-"""Compiles the decay kernels for an H200 without one: python -m scripts.compile_report --out=FILE.
+"""Compiles GPU kernels for an H200 without one: python -m scripts.compile_report --kernels=decay.
 
 Writes a JSON line a kernel with its registers and spills, and fails if one that "auto" may take
 spills more than 64 bytes. What it needs: `longctx_jax/benchmarking/deviceless.py`.
@@ -16,7 +16,8 @@ from absl import flags
 
 from scripts import common
 
-_OUT = flags.DEFINE_string("out", "results/decay_h200_registers.jsonl", "JSON-lines file.")
+_KERNELS = flags.DEFINE_enum("kernels", "decay", ["decay", "vq"], "Whose kernels to compile.")
+_OUT = flags.DEFINE_string("out", "", "JSON-lines file; empty = one in results/.")
 SPILL_LIMIT = 64  # bytes
 WIDTHS = {  # (backend, dtype) -> (key, value) widths
     ("pallas_triton", "bfloat16"): (
@@ -31,10 +32,23 @@ WIDTHS = {  # (backend, dtype) -> (key, value) widths
     ("pallas_triton", "float32"): ((16, 16), (32, 32), (64, 64), (64, 128), (128, 128)),
     ("pallas_mosaic_gpu", "bfloat16"): ((64, 64), (64, 128), (128, 64), (128, 128)),
 }
+VQ_WIDTHS = {  # dtype -> (key, value) widths: heads of attention, and gated units
+    "bfloat16": (
+        (32, 32),
+        (64, 64),
+        (64, 128),
+        (128, 64),
+        (128, 128),
+        (128, 1536),
+        (256, 256),
+        (256, 1536),
+    ),
+    "float32": ((32, 32), (64, 64), (128, 128), (128, 1536)),
+}
 
 
-def cases() -> list[dict[str, Any]]:
-    """Returns the classes of calls that the kernels take."""
+def decay_cases() -> list[dict[str, Any]]:
+    """Returns the classes of calls that the decay kernels take."""
     kinds = itertools.product(("constant", "per_token"), (False, True), (4096, 4000))
     return [
         {
@@ -54,8 +68,8 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
-def compile_case(case: dict[str, Any], log: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of one class of calls."""
+def compile_decay(case: dict[str, Any], log: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of one class of calls of decay attention."""
     import jax
     import jax.numpy as jnp
 
@@ -88,6 +102,102 @@ def compile_case(case: dict[str, Any], log: pathlib.Path) -> list[dict[str, Any]
     return [case | kernel for kernel in compiled]
 
 
+def vq_cases() -> list[dict[str, Any]]:
+    """Returns the classes of calls that the kernels of vector-quantised attention take.
+
+    Block 512 fills tiles, 500 does not; 64 and 16 have shorter tiles of queries.
+    """
+    cases = [
+        {"dtype": dtype, "d_key": d_key, "d_value": d_value, "has_bias": has_bias, "block": block}
+        for has_bias, block in ((True, 512), (True, 500), (True, 64), (False, 512))
+        for dtype, widths in VQ_WIDTHS.items()
+        for d_key, d_value in widths
+    ]
+    rules = {"use_table": True, "grad_through_cache": True}
+    cases = [case | rules for case in cases]
+    usual = cases[1]
+    cases += [usual | {"use_table": False}, usual | {"grad_through_cache": False}]
+    cases += [usual | {"block": 16}]
+    shape = {"blocks": 8, "batch": 1, "kv_heads": 4, "group": 2, "window_len": 512, "codes": 512}
+    return [{"backend": "pallas_triton", **case, **shape} for case in cases]
+
+
+def compile_vq(case: dict[str, Any], log: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of one class of calls: attention and its gradients, search, tables."""
+    import jax
+    import jax.numpy as jnp
+
+    from longctx_jax.benchmarking import deviceless
+    from longctx_jax.ops.vq import pallas_triton
+    from longctx_jax.ops.vq.blocks import Blocks, Constants, Rules
+    from longctx_jax.ops.vq.table import Table
+
+    n, batch, heads, group = (case[name] for name in ("blocks", "batch", "kv_heads", "group"))
+    block, window, codes = case["block"], case["window_len"], case["codes"]
+    d_key, d_value = case["d_key"], case["d_value"]
+    before = -(-window // block) * block
+
+    def array(*shape, dtype=case["dtype"]):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    blocks = Blocks(
+        query=array(n, batch, heads, group, block, d_key),
+        key=array(batch, heads, before + n * block, d_key),
+        value=array(batch, heads, before + n * block, d_value),
+        bias=array(n, batch, heads, group, block, window + 1) if case["has_bias"] else None,
+        mean=array(n, batch, heads, codes, d_value, dtype="float32"),
+    )
+    constants = Constants(
+        codebook=array(heads, codes, d_key, dtype="float32"),
+        count=array(n, batch, heads, codes, dtype="int32"),
+        query_document=array(n, batch, block, dtype="int32"),
+        key_document=array(batch, before + n * block, dtype="int32"),
+        table_document=array(n, batch, dtype="int32"),
+    )
+    rules = Rules(window, d_key**-0.5, case["use_table"], case["grad_through_cache"])
+
+    def attend(blocks, constants, d_out):
+        out, pull = jax.vjp(
+            lambda blocks: pallas_triton.attend_blocks(rules, blocks, constants), blocks
+        )
+        return out, pull(d_out)
+
+    def prepare(vectors, codebook, table, codes, values, documents):
+        found = pallas_triton.search_codes(vectors, codebook)
+        return found, pallas_triton.tables_before_blocks(table, codes, values, documents)
+
+    d_out = array(*blocks.query.shape[:-1], d_value)
+    rows = deviceless.compile_for_h200(attend, [blocks, constants, d_out], log)
+    table = Table(
+        mean=array(batch, heads, codes, d_value, dtype="float32"),
+        count=array(batch, heads, codes, dtype="int32"),
+        document=array(batch, dtype="int32"),
+    )
+    arguments = [
+        array(batch, n * block, heads, d_key),
+        constants.codebook,
+        table,
+        array(n, batch, heads, block, dtype="int32"),
+        array(n, batch, heads, block, d_value),
+        constants.query_document,
+    ]
+    if case["has_bias"]:  # they know of no bias: once is enough
+        rows += deviceless.compile_for_h200(prepare, arguments, log)
+    return [case | {"tiling": _vq_tiling(row["kernel"], case)} | row for row in rows]
+
+
+def _vq_tiling(kernel: str, case: dict[str, Any]) -> dict[str, int]:
+    from longctx_jax.ops.vq import pallas_triton, pallas_triton_search, pallas_triton_table
+
+    if kernel == "vq_search_codes":
+        return dataclasses.asdict(pallas_triton_search.TILING)
+    if kernel == "vq_tables_before_blocks":
+        return dataclasses.asdict(pallas_triton_table.tiling(case["d_value"], case["dtype"]))
+    name = kernel.removeprefix("vq_attention_")
+    widths = case["d_key"], case["d_value"]
+    return dataclasses.asdict(pallas_triton.tiling(name, *widths, case["dtype"], case["block"]))
+
+
 def main(arguments: list[str]) -> None:
     """Compiles, writes, prints the worst."""
     del arguments
@@ -96,7 +206,11 @@ def main(arguments: list[str]) -> None:
     log = deviceless.prepare_environment()
     import jax
 
-    out = pathlib.Path(_OUT.value)
+    cases, compile_case = {
+        "decay": (decay_cases, compile_decay),
+        "vq": (vq_cases, compile_vq),
+    }[_KERNELS.value]
+    out = pathlib.Path(_OUT.value or f"results/{_KERNELS.value}_h200_registers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, case in enumerate(every := cases()):
@@ -104,7 +218,7 @@ def main(arguments: list[str]) -> None:
         print(f"\r{number + 1} of {len(every)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     fields = {"device": "NVIDIA H200 (compiled without one)", "jax_version": jax.__version__}
-    fields["command"] = "python -m scripts.compile_report"
+    fields["command"] = f"python -m scripts.compile_report --kernels={_KERNELS.value}"
     out.write_text("".join(json.dumps(row | fields) + "\n" for row in rows))
     worst = max(rows, key=lambda row: row["spill_store_bytes"])
     print(f"wrote {len(rows)} kernels to {out}; most spilled: {json.dumps(worst)}")

@@ -1,4 +1,4 @@
-"""Transformer-VQ on enwik8 at the sizes of transformer_small.py: attention replaced, the rest equal.
+"""Transformer-VQ on enwik8: transformer_small.py with its attention replaced, the rest equal.
 
 Eight heads with 512 codewords each; keys, positions and gradients reach 512 tokens back, codes and
 mean values stand for everything older.

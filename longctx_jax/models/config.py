@@ -115,7 +115,7 @@ class VQConfig:
     codebook_size: int = 256
     window_len: int = 128
     block_len: int = 0
-    reduction: str = "serial"
+    reduction: str = "auto"
     gate: str = "none"
     position: str = "relative"
     position_dropout: float = 0.0
@@ -135,7 +135,7 @@ class VQConfig:
             require_positive(f"vq.{field}", getattr(self, field))
         for field in ("block_len", "commitment", "reseed_below"):
             require_not_negative(f"vq.{field}", getattr(self, field))
-        require_one_of("vq.reduction", self.reduction, REDUCTIONS)
+        require_one_of("vq.reduction", self.reduction, ("auto", *REDUCTIONS))
         require_one_of("vq.gate", self.gate, vq_attention.GATES)
         require_one_of("vq.position", self.position, vq_attention.POSITIONS)
         require_one_of("vq.codebook_start", self.codebook_start, STARTS)

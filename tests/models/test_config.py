@@ -71,7 +71,7 @@ MISTAKES = [
     ({"vq": {"codebook_size": 0}}, "config.model.vq.codebook_size must be positive: got 0"),
     ({"vq": {"window_len": 0}}, "config.model.vq.window_len must be positive: got 0"),
     ({"vq": {"block_len": -1}}, "config.model.vq.block_len must not be negative: got -1"),
-    ({"vq": {"reduction": "x"}}, "config.model.vq.reduction must be one of ['serial', 'matmul'"),
+    ({"vq": {"reduction": "x"}}, "config.model.vq.reduction must be one of ['auto', 'serial'"),
     ({"vq": {"gate": "gelu"}}, "config.model.vq.gate must be one of ['silu', 'none']: got 'gelu'"),
     ({"vq": {"position": "rotary"}}, "config.model.vq.position must be one of ['relative'"),
     ({"vq": {"position_dropout": 1}}, "config.model.vq.position_dropout must be in [0, 1): got 1"),

@@ -13,7 +13,6 @@ from longctx_jax.ops.vq import init_vq_state, nearest_code, vq_attention
 from longctx_jax.ops.vq.codebook import quantize
 from longctx_jax.ops.vq.reference import vq_attention_reference
 from longctx_jax.ops.vq.table import (
-    REDUCTIONS,
     Table,
     empty_table,
     file_token,
@@ -24,6 +23,7 @@ from longctx_jax.ops.vq.table import (
 from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
 
 BATCH, SEQ, HEADS, KV_HEADS, KEY, VALUE, CODES, WINDOW = 2, 23, 4, 2, 4, 6, 5, 5
+REDUCTIONS = ("serial", "matmul", "associative")  # test_vq_triton.py has the kernel
 DOCUMENTS = np.array([[0] * 2 + [1] * 9 + [2] + [3] * 11, [0] * 10 + [1] * 13], np.int32)
 
 
@@ -431,7 +431,8 @@ def test_a_mistake_says_what_was_given(changes, message):
         vq_attention(**options)
 
 
-def test_a_kernel_is_refused_on_a_cpu():
+@pytest.mark.parametrize("option", ["implementation", "search", "reduction"])
+def test_a_kernel_is_refused_on_a_cpu(option):
     query, key, value, _, codebook = make_inputs(np.float32)
     with pytest.raises(NotImplementedError, match="pallas_triton.* a GPU kernel, and jax runs on"):
-        vq_attention(query, key, value, codebook, implementation="pallas_triton")
+        vq_attention(query, key, value, codebook, **{option: "pallas_triton"})

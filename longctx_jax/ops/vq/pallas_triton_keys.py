@@ -58,13 +58,12 @@ def key_value_gradients(
     one score product less); reads r group (key + value) items a tile of keys from the second-level
     cache, writes each gradient once.
     """
-    key, value = arrays["key"], arrays["value"]
+    sizes, tiles, key = setup.sizes, setup.tiles, arrays["key"]
     out_shape = {}
     if with_key:
         out_shape["key"] = jax.ShapeDtypeStruct(key.shape, key.dtype)
     if with_value:
-        out_shape["value"] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-    sizes, tiles = setup.sizes, setup.tiles
+        out_shape["value"] = jax.ShapeDtypeStruct((*key.shape[:3], sizes.d_value), key.dtype)
     assert not (with_key and with_value) or setup.value_tiles == 1
     value_tiles = setup.value_tiles if with_value else 1
 
@@ -99,20 +98,20 @@ def mean_gradient(arrays: dict[str, jax.Array], setup: Setup, *, interpret: bool
     """
     sizes, tiles = setup.sizes, setup.tiles
 
-    def place(tile, column, row):
-        del tile, column
-        pair = row % (sizes.batch * sizes.kv_heads)
-        at = {"b": pair // sizes.kv_heads, "h": pair % sizes.kv_heads}
-        return {"n": row // (sizes.batch * sizes.kv_heads), **at}
+    def place(step, column, _):  # tiles of one table next to each other: they read the same rows
+        del column
+        row = step // setup.code_tiles
+        block, pair = row // (sizes.batch * sizes.kv_heads), row % (sizes.batch * sizes.kv_heads)
+        return {"n": block, "b": pair // sizes.kv_heads, "h": pair % sizes.kv_heads}
 
     shape = (sizes.n_blocks, sizes.batch, sizes.kv_heads, sizes.n_codes, sizes.d_value)
     out_shape = {"mean": jax.ShapeDtypeStruct(shape, jnp.float32)}
     run = pl.pallas_call(
         functools.partial(_mean_kernel, names=tuple(arrays), setup=setup),
         grid=(
-            pl.cdiv(sizes.n_codes, tiles.columns),
+            sizes.n_blocks * sizes.batch * sizes.kv_heads * setup.code_tiles,
             setup.value_tiles,
-            sizes.n_blocks * sizes.batch * sizes.kv_heads,
+            1,
         ),
         in_specs=specs(arrays, place),
         out_specs=specs(out_shape, place),
@@ -190,9 +189,7 @@ def _key_kernel(*refs, names, wanted, setup: Setup):
         block = jax.lax.div(step, setup.row_tiles)
         at = (block, group)
         rows, query, normalizer, d_out = _load_rows(ref, at, (block,), step, setup)
-        score, distance = key_scores(
-            ref, rows, query, start, key, document, setup, transposed=True
-        )
+        score, distance = key_scores(ref, rows, query, start, key, document, setup, transposed=True)
         # What left the window before the block is in its table.
         in_window = (index >= block * sizes.block)[:, None]
         weight = jnp.where(in_window, jnp.exp2(score - normalizer[None, :]), 0.0)
@@ -204,7 +201,7 @@ def _key_kernel(*refs, names, wanted, setup: Setup):
             new["value"] = carry["value"] + setup.dot(seen.astype(given.dtype), given)
         if "key" in out:
             row_term = load(ref["row_term"], at, rows.start, tiles.rows, setup.row_limit)
-            d_weight = dot_over_values(value, d_out, weight.shape, setup)
+            d_weight = dot_over_values(value, d_out, (n, tiles.rows), setup)
             d_score = jnp.where(is_near, weight * (d_weight - row_term[None, :]), 0.0)
             new["key"] = carry["key"] + setup.dot(d_score.astype(query.dtype), query)
         return new
@@ -223,20 +220,21 @@ def _key_kernel(*refs, names, wanted, setup: Setup):
 def _mean_kernel(*refs, names, setup: Setup):
     ref, out_ref = dict(zip(names, refs, strict=False)), refs[-1]
     sizes, tiles = setup.sizes, setup.tiles
-    start = pl.program_id(0) * tiles.columns
+    start = jax.lax.rem(pl.program_id(0), setup.code_tiles) * tiles.columns
     columns = pl.ds(pl.program_id(1) * tiles.value, tiles.value)
+    word = load(ref["codebook"], (), start, tiles.columns, setup.code_limit, slice(None))
 
     def visit(i, total):
         group = jax.lax.div(i, setup.row_tiles)
         step = i - group * setup.row_tiles
         rows, query, normalizer, d_out = _load_rows(ref, (group,), (), step, setup)
-        score, _ = code_scores(ref, (), rows, query, start, setup, transposed=True)
+        score = code_scores(ref, (), rows, query, start, word, setup, transposed=True)
         weight = jnp.exp2(score - normalizer[None, :])
         given = d_out(columns)
         return total + setup.dot(weight.astype(given.dtype), given)
 
     is_used = ref["table_document"][0] >= 0
-    count = jnp.where(is_used, sizes.group * setup.row_tiles, 0)
+    count = is_used.astype(jnp.int32) * (sizes.group * setup.row_tiles)
     zeros = jnp.zeros((tiles.columns, tiles.value), jnp.float32)
     total = jax.lax.fori_loop(0, count, visit, zeros)
     store(out_ref, (), start, total, setup.code_limit, columns)

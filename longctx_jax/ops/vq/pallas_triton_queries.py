@@ -126,14 +126,15 @@ def _walk(ref, rows, query, visit, carry, setup: Setup):
 
     values(columns) loads the tile's values; index is the first key's, None for codes.
     """
-    sizes, tiles, rules = setup.sizes, setup.tiles, setup.rules
-    if rules.use_table:
+    tiles = setup.tiles
+    if setup.rules.use_table:
         sees = any_of(rows.document == ref["table_document"][0])
-        n_tiles = jnp.where(sees, pl.cdiv(sizes.n_codes, tiles.columns), 0)
+        n_tiles = sees.astype(jnp.int32) * setup.code_tiles
 
         def visit_codes(i, carry):
             start = i * tiles.columns
-            score, word = code_scores(ref, (), rows, query, start, setup)
+            word = load(ref["codebook"], (), start, tiles.columns, setup.code_limit, slice(None))
+            score = code_scores(ref, (), rows, query, start, word, setup)
 
             def values(columns):
                 return load(ref["mean"], (), start, tiles.columns, setup.code_limit, columns)
@@ -191,8 +192,7 @@ def _forward_kernel(*refs, names, setup: Setup):
 
 def _gradient_kernel(*refs, names, setup: Setup):
     ref = dict(zip(names, refs, strict=False))
-    has_bias = "bias" in ref
-    d_query_ref, d_bias_ref = refs[-2:] if has_bias else (refs[-1], None)
+    d_query_ref, d_bias_ref = refs[-2:] if "bias" in ref else (refs[-1], None)
     tiles, limit = setup.tiles, setup.row_limit
     rows = take_rows(ref, (), (), pl.program_id(0), setup)
     query = load(ref["query"], (), rows.start, tiles.rows, limit, slice(None))
@@ -213,12 +213,15 @@ def _gradient_kernel(*refs, names, setup: Setup):
         weight = jnp.exp2(score - normalizer[:, None])
         d_weight = dot_over_values(d_out, values, score.shape, setup)
         d_score = weight * (d_weight - row_term[:, None])
-        if has_bias and index is not None:
-            at, listed = bias_place(rows, index + jnp.arange(tiles.columns), setup)
-            plt.store(d_bias_ref.at[at], d_score.astype(d_bias_ref.dtype), mask=listed)
+        if d_bias_ref is not None and index is not None:
+            index = index + jnp.arange(tiles.columns)
+            distance = rows.position[:, None] - index[None, :]
+            (place,), listed = bias_place(rows, index, distance, setup)
+            # The interpreter wraps negative places; one past the end it drops.
+            place = jnp.where(listed, place, d_bias_ref.shape[0])
+            plt.store(d_bias_ref.at[place], d_score.astype(d_bias_ref.dtype), mask=listed)
         return d_query + setup.dot(d_score.astype(key.dtype), key)
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     d_query = _walk(ref, rows, query, visit, zeros, setup)
     store(d_query_ref, (), rows.start, setup.rules.scale * d_query, limit, slice(None))
-

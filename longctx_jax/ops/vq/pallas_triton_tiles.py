@@ -25,7 +25,7 @@ MIN_WIDTH = 16  # of Triton's products
 # Axes of every array: n blocks, b batch, h key heads, g query heads of one; "." = rows or columns.
 AXES = {
     "query": "nbhg..",
-    "bias": "nbhg..",
+    "bias": "nbhg.",  # [block * distances] of each block
     "key": "bh..",
     "value": "bh..",
     "codebook": "h..",
@@ -99,6 +99,11 @@ class Setup:
     def value_tiles(self) -> int:
         """Tiles of value columns; `pad_columns` makes them whole."""
         return self.sizes.d_value // self.tiles.value
+
+    @property
+    def code_tiles(self) -> int:
+        """Tiles of codes."""
+        return pl.cdiv(self.sizes.n_codes, self.tiles.columns)
 
     @property
     def row_limit(self) -> int | None:
@@ -187,8 +192,8 @@ def take_rows(ref, at: tuple, document_at: tuple, step, setup: Setup) -> Rows:
     return Rows(at, block, start, local, position, document)
 
 
-def code_scores(ref, at: tuple, rows: Rows, query, start, setup: Setup, *, transposed=False):
-    """Returns scores of queries and the codes from start on, and those codewords.
+def code_scores(ref, at: tuple, rows: Rows, query, start, word, setup: Setup, *, transposed=False):
+    """Returns scores of queries and the codes from start on.
 
     Args:
         ref: refs by name.
@@ -196,17 +201,16 @@ def code_scores(ref, at: tuple, rows: Rows, query, start, setup: Setup, *, trans
         rows: the queries' tile.
         query: its queries.
         start: first code.
+        word: the codewords from there on.
         setup: of the kernel.
         transposed: codes before queries.
     """
-    limit = setup.code_limit
-    word = load(ref["codebook"], (), start, setup.tiles.columns, limit, slice(None))
-    fill = {"limit": limit, "other": -jnp.inf}
+    fill = {"limit": setup.code_limit, "other": -jnp.inf}
     log_count = load(ref["log_count"], at, start, setup.tiles.columns, **fill)
     sees = rows.document == ref["table_document"][(*at, 0)]
     of_row, of_code = _axes(transposed)
     score = _product(query, word, setup, transposed) + of_code(log_count)
-    return jnp.where(of_row(sees), score, -jnp.inf), word
+    return jnp.where(of_row(sees), score, -jnp.inf)
 
 
 def key_scores(ref, rows: Rows, query, start, key, document, setup: Setup, *, transposed=False):
@@ -228,29 +232,38 @@ def key_scores(ref, rows: Rows, query, start, key, document, setup: Setup, *, tr
     visible = (distance >= 0) & (of_row(rows.document) == of_key(document))
     if not setup.rules.use_table:
         visible &= distance <= setup.rules.window_len
-    score = _product(query, key, setup, transposed)
+    bias = None
     if setup.sizes.n_distances:
-        at, listed = bias_place(rows, index, setup)
+        # Before the product: after it, the places cost registers that the product holds. Read with
+        # keys along lanes, where rows are contiguous, then turned.
+        upright = rows.position[:, None] - index[None, :] if transposed else distance
+        at, listed = bias_place(rows, index, upright, setup)
         bias = plt.load(ref["bias"].at[at], mask=listed, other=0.0)
-        # Read with keys along lanes, where rows are contiguous, then turned.
         bias = bias.T if transposed else bias
-        score = score + LOG2_E * bias.astype(score.dtype)
+        bias = LOG2_E * bias.astype(jnp.float32)
+    score = _product(query, key, setup, transposed)
+    score = score if bias is None else score + bias
     return jnp.where(visible, score, -jnp.inf), distance
 
 
-def bias_place(rows: Rows, index, setup: Setup):
-    """Returns where the bias of rows and keys stands, and which of them are listed there.
+def bias_place(rows: Rows, index, distance, setup: Setup):
+    """Returns places of rows and keys in a block's flat bias, and which of them it lists.
 
-    Indices of what is not listed are out of range on the high side: dropped, never wrapped.
+    Row t and key s stand at t distances + (t - s + const): one number a row minus one a key.
+
+    Args:
+        rows: a tile of queries.
+        index: of the keys.
+        distance: between them, [rows, keys].
+        setup: of the kernel.
     """
     n_distances = setup.sizes.n_distances
-    distance = rows.position[:, None] - index[None, :]
-    listed = (distance >= 0) & (distance < n_distances)
+    # One comparison: a negative distance is a large unsigned one.
+    listed = distance.astype(jnp.uint32) < n_distances
     if setup.row_limit is not None:
         listed &= (rows.local < setup.row_limit)[:, None]
-    column = jnp.where(listed, distance, n_distances)
-    at = [*rows.at, rows.local[:, None]]
-    return (*(jnp.broadcast_to(i, column.shape) for i in at), column), listed
+    place = (rows.local * n_distances + rows.position)[:, None] - index[None, :]
+    return (*(jnp.broadcast_to(i, place.shape) for i in rows.at), place), listed
 
 
 def key_range(ref, rows: Rows, setup: Setup):

@@ -16,8 +16,9 @@ from longctx_jax.ops.vq.state import VQState, as_tokens, init_vq_state
 from longctx_jax.ops.vq.step import step
 from longctx_jax.typing import Array, Float, Int
 
-BLOCK_LEN = {"cpu": 256}  # queries a block where the caller leaves it open, by platform
-BLOCK_LEN_ELSEWHERE = 512
+LONGEST_BLOCK = {"cpu": 256}  # queries a block where the caller leaves it open, by platform
+LONGEST_BLOCK_ELSEWHERE = 512
+SHORTEST_BLOCK = 64
 
 
 class VQOutput(NamedTuple):
@@ -157,7 +158,7 @@ def vq_attention(
     window_len: int = 0,
     block_len: int = 0,
     scale: float | None = None,
-    reduction: str = "serial",
+    reduction: str = "auto",
     use_table: bool = True,
     grad_through_cache: bool = True,
     implementation: str = "auto",
@@ -182,7 +183,9 @@ def vq_attention(
             state keeps that many. 0 = the state's, or 512.
         block_len: queries a block: speed and memory, never the result. 0 = chosen.
         scale: of query . key; None = 1/sqrt(key width).
-        reduction: how the tables before the blocks are summed: "serial", "matmul", "associative".
+        reduction: how the tables before the blocks are summed: "serial", "matmul", "associative",
+            "pallas_triton" (a GPU kernel), or "auto": the kernel with the attention kernel, else
+            serial.
         use_table: see tokens beyond the window. Off, attention is a sliding window of window_len
             tokens before the query.
         grad_through_cache: values beyond the window get gradients.
@@ -205,7 +208,7 @@ def vq_attention(
             f"vq_attention: block_len must not be negative: got {block_len}; 0 is chosen; set "
             "config.model.vq.block_len"
         )
-    block_len = block_len or BLOCK_LEN.get(platform(), BLOCK_LEN_ELSEWHERE)
+    block_len = block_len or choose_block_len(window_len)
     codes, _ = nearest_code(key, codebook, implementation=search)
     quantized = quantize(key, codebook, codes)
     is_fresh = state is None
@@ -241,6 +244,13 @@ def vq_attention(
         grad_through_cache=grad_through_cache,
     )
     chosen = choose("vq_attention", ATTENTION, implementation, facts)
+    if reduction == "auto":
+        reduction = "pallas_triton" if chosen.name == "pallas_triton" else "serial"
+    elif reduction == "pallas_triton" and (reason := _unsupported("tables_unsupported")(facts)):
+        raise NotImplementedError(
+            f"vq_attention: reduction 'pallas_triton' cannot run here: {reason}; choose another "
+            "one or 'auto'"
+        )
     out, state = linear.attend(
         query,
         tokens,
@@ -254,6 +264,16 @@ def vq_attention(
         attend_blocks=chosen.run,
     )
     return VQOutput(out, state, codes, quantized.squared_error)
+
+
+def choose_block_len(window_len: int) -> int:
+    """Returns the block length where the caller leaves it open.
+
+    The window is rounded up to blocks, so a block longer than the window wastes scores; one much
+    shorter wastes tables.
+    """
+    longest = LONGEST_BLOCK.get(platform(), LONGEST_BLOCK_ELSEWHERE)
+    return min(longest, max(SHORTEST_BLOCK, window_len))
 
 
 def _capability() -> str:
