@@ -77,12 +77,12 @@ class Decoder:
         }
         return {"params": params, "model_state": {"stack": state} if state else {}}
 
-    def update_model_state(self, model_state: PyTree, aux: Aux, key: PRNGKey) -> PyTree:
+    def update_model_state(self, model_state: PyTree, aux: tuple[Aux, ...], key: PRNGKey) -> PyTree:
         """Returns the non-gradient state after an update: codebooks moved by what `aux` counted.
 
         Args:
             model_state: of `variables`.
-            aux: of all tokens of the update, summed over segments, micro-batches and devices.
+            aux: one a pattern position, of all tokens of the update: summed over segments, micro-batches and devices.
             key: for updates that draw random numbers.
         """
         if not model_state:

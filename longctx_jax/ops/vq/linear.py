@@ -9,6 +9,7 @@ Source: Lingle (2023), arXiv 2309.16354, section 3.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def attend(
     rules: Rules,
     block_len: int,
     reduction: str,
-    attend_blocks: Callable[[Rules, Blocks, Constants], jax.Array] = attend_blocks,
+    attend_blocks: Callable[[Rules, Blocks, Constants], Any] = attend_blocks,
 ) -> tuple[Float[Array, "batch seq heads value"], VQState]:
     """Returns attention of the tokens over the state and themselves, and the state after them.
 

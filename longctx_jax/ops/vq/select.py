@@ -219,8 +219,8 @@ def vq_attention(
         newest = jnp.maximum(jnp.max(state.documents, axis=1), 0)
         documents = jnp.broadcast_to(newest[:, None], (batch, seq))
     tokens = as_tokens(quantized.vectors, value, codes, documents)
-    scale = d_key**-0.5 if scale is None else scale
-    rules = Rules(window_len, scale, use_table, grad_through_cache)
+    factor = 1 / math.sqrt(d_key) if scale is None else scale
+    rules = Rules(window_len, factor, use_table, grad_through_cache)
     if seq == 1 and implementation == "auto":
         options = {"relative_bias": relative_bias, "rules": rules}
         out, state = step(query, tokens, codebook, state, **options)

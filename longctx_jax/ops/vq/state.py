@@ -43,8 +43,8 @@ class Tokens:
 
     def at(self, start: int, stop: int) -> "Tokens":
         """Returns tokens start .. stop-1."""
-        heads = [x[:, :, start:stop] for x in (self.key, self.value, self.codes)]
-        return Tokens(*heads, self.documents[:, start:stop])
+        key, value, codes = (x[:, :, start:stop] for x in (self.key, self.value, self.codes))
+        return Tokens(key, value, codes, self.documents[:, start:stop])
 
     def pad(self, before: int, after: int) -> "Tokens":
         """Returns the tokens between empty slots."""
@@ -54,8 +54,8 @@ class Tokens:
             widths[axis] = (before, after)
             return jnp.pad(x, widths, constant_values=fill)
 
-        heads = [pad(x, 2) for x in (self.key, self.value, self.codes)]
-        return Tokens(*heads, pad(self.documents, 1, NO_DOCUMENT))
+        key, value, codes = (pad(x, 2) for x in (self.key, self.value, self.codes))
+        return Tokens(key, value, codes, pad(self.documents, 1, NO_DOCUMENT))
 
 
 def init_vq_state(
@@ -132,8 +132,8 @@ def as_tokens(
     documents: Int[Array, "batch seq"],
 ) -> Tokens:
     """Returns arrays in the layout of callers (time before heads) as `Tokens`."""
-    heads = [jnp.moveaxis(x, 2, 1) for x in (key, value, codes)]
-    return Tokens(*heads, documents)
+    key, value, codes = (jnp.moveaxis(x, 2, 1) for x in (key, value, codes))
+    return Tokens(key, value, codes, documents)
 
 
 def join(left: Tokens, right: Tokens) -> Tokens:

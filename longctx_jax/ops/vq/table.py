@@ -139,12 +139,13 @@ def tables_before_blocks(
     if reduction == "serial":
 
         def step(table, block):
-            table = _add(table, _sum_block(*block, n_codes))
+            codes, value, documents = block
+            table = _add(table, _sum_block(codes, value, documents, n_codes))
             return table, table
 
         _, later = jax.lax.scan(step, table, (codes, value, documents))
         return with_first(table, later)
-    sums = jax.vmap(lambda *block: _sum_block(*block, n_codes))(codes, value, documents)
+    sums = jax.vmap(lambda c, v, d: _sum_block(c, v, d, n_codes))(codes, value, documents)
     if reduction == "associative":
         count = jnp.maximum(sums.count, 1).astype(table.mean.dtype)[..., None]
         blocks = Table(sums.total / count, sums.count, sums.document)
