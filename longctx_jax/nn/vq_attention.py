@@ -164,10 +164,11 @@ class VQAttention(nn.Module):
         error = result.squared_error
         counted = jnp.ones(error.shape[:2], error.dtype) if weights is None else weights
         loss = self.commitment * jnp.sum(jnp.sum(error, axis=-1) * counted)
-        norm = jnp.linalg.norm(key.astype(error.dtype), axis=-1)
-        relative = jnp.sqrt(jax.lax.stop_gradient(error)) / jnp.maximum(norm, 1e-6)
+        fixed_key, fixed_error = jax.lax.stop_gradient((key, error))
+        norm = jnp.linalg.norm(fixed_key.astype(error.dtype), axis=-1)
+        relative = jnp.sqrt(fixed_error) / jnp.maximum(norm, 1e-6)
         relative = jnp.mean(jnp.minimum(relative, MAX_RELATIVE_ERROR), axis=-1)
-        metric = Mean(jnp.sum(jax.lax.stop_gradient(relative) * counted), jnp.sum(counted))
+        metric = Mean(jnp.sum(relative * counted), jnp.sum(counted))
         statistics = {}
         if self.codebook_decay < 1.0:
             statistics = {

@@ -116,9 +116,7 @@ def make_optimizer(config: Any, n_steps: int) -> tuple[optax.GradientTransformat
     return core, schedule
 
 
-def _decoupled_decay(
-    rate: float, schedule: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
+def _decoupled_decay(rate: float, schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Adds -rate * learning rate * weight to the update of every matrix."""
     decay = optax.chain(
         optax.scale(0.0), optax.add_decayed_weights(rate), optax.scale_by_learning_rate(schedule)
