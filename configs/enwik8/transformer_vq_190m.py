@@ -1,10 +1,16 @@
 """Transformer-VQ on enwik8 as published: 48 gated units x 768, 188 M parameters with codebooks.
 
 Published: 0.99 bits per byte on the test split, after 125,000 updates of 128 x 2048 bytes. Where
-this differs from the published code: 256 symbols instead of 259; norms have a gain and no bias;
-what a unit adds starts smaller by the square root of the depth; the cache runs on along the text
-where theirs starts empty every 8192 bytes; a key's gradient comes from the queries at most 512
-tokens later where theirs comes from its own and the next block of 512; decay spares the embeddings.
+this differs from the published code:
+
+- 256 symbols instead of 259; norms have a gain and no bias; there is a norm before the output
+  matrix, which has no bias; weight decay acts on the matrices of the units alone;
+- what a unit adds starts smaller by the square root of the depth; embeddings are stored smaller by
+  sqrt(768), and multiplied by that, so that the optimizer moves them faster;
+- the cache runs on along the text, in stripes, where theirs starts empty every 8192 bytes, in
+  shuffled order; masks of dropped sinusoids and units are drawn anew every update;
+- a key's gradient comes from the queries at most 512 tokens later, where theirs comes from its own
+  and the next block of 512.
 
 Source: Lingle (2023), arXiv 2309.16354, and the scripts of its code.
 """

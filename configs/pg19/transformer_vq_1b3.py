@@ -1,11 +1,11 @@
-"""Transformer-VQ on PG-19 as published: 48 gated units x 2048, 1.3 G parameters, 32,000 pieces.
+r"""Transformer-VQ on PG-19 as published: 48 gated units x 2048, 1.3 G parameters, 32,000 pieces.
 
 Published: word-level perplexity 26.6 on the test split (`perplexity_per_word`), after 500,000
 updates of 128 x 2048 tokens. Differences from the published code as in
 configs/enwik8/transformer_vq_190m.py; also, the embedding starts with standard deviation
 1/sqrt(d_model) where theirs starts with 1 and scales the logits by 0.005. Train the tokenizer with
 
-    python -m scripts.train_tokenizer --config=configs/pg19/transformer_vq_1b3.py
+    python -m scripts.train_tokenizer --config=configs/pg19/transformer_vq_1b3.py \
         --out=pg19_32000.model --vocab_size=32000 --max_bytes=1000000000
 
 Source: Lingle (2023), arXiv 2309.16354, and the scripts of its code.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.stack import (
+    STATEFUL,
     apply_stack,
     call_module,
     describe_stack_state,
@@ -82,7 +83,8 @@ class Decoder:
 
         Args:
             model_state: of `variables`.
-            aux: one a pattern position, of all tokens of the update: summed over segments, micro-batches and devices.
+            aux: one a pattern position, of all tokens of the update: summed over segments,
+                micro-batches and devices.
             key: for updates that draw random numbers.
         """
         if not model_state:
@@ -178,6 +180,11 @@ class Decoder:
             x = self._drop_embedding(x, jax.random.fold_in(key, 0))
             key = jax.random.fold_in(key, 1)
         state = variables.get("model_state") or {"stack": {}}
+        if not state["stack"] and STATEFUL & set(self.config.pattern):
+            raise ValueError(
+                f"variables of a model with {sorted(STATEFUL & set(self.config.pattern))} layers "
+                f"need model_state: got {sorted(variables)}; pass all that `init` returned"
+            )
         stack = (params["stack"], state["stack"])
         x, layers, aux = apply_stack(
             self.config, *stack, x, documents, layers, key=key, train=train

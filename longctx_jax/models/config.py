@@ -140,7 +140,14 @@ class VQConfig:
         require_one_of("vq.position", self.position, vq_attention.POSITIONS)
         require_one_of("vq.codebook_start", self.codebook_start, STARTS)
         require_one_of("vq.smoothing", self.smoothing, SMOOTHINGS)
+        require_one_of("vq.implementation", self.implementation, vq_attention.IMPLEMENTATIONS)
+        require_one_of("vq.search", self.search, vq_attention.SEARCHES)
         require_probability("vq.position_dropout", self.position_dropout)
+        if self.reseed_below > 0 and self.codebook_decay == 1.0:
+            raise ValueError(
+                f"config.model.vq.reseed_below needs a codebook that learns: got "
+                f"{self.reseed_below} with codebook_decay=1; set one of them to 0 or below 1"
+            )
         if not 0.0 <= self.codebook_decay <= 1.0:
             raise ValueError(
                 f"config.model.vq.codebook_decay must be in [0, 1]: got {self.codebook_decay}; "

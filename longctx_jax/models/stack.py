@@ -83,6 +83,9 @@ MIXERS = {
 }
 
 
+STATEFUL = {"vq"}  # mixers with non-gradient state
+
+
 def call_module(
     module: nn.Module, params: PyTree, *args: Any, state: PyTree = None, **options: Any
 ) -> Any:

@@ -5,12 +5,26 @@ Source of relu2: So et al. (2021), arXiv 2109.08668 (Primer).
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 
 def dense(features: int, dtype: str, name: str, scale: float = 1.0) -> nn.Dense:
     """Returns a bias-free linear map whose output has variance scale^2 for unit-variance input."""
     init = nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
+class Kernel(nn.Module):
+    """The weight of `dense` by itself, for products in another order."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, d_in: int) -> jax.Array:
+        """Returns the weight, [d_in, features]."""
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        return self.param("kernel", init, (d_in, self.features), jnp.float32).astype(self.dtype)
 
 
 class MLP(nn.Module):

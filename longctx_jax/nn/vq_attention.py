@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Aux, Documents, Mean, no_aux
-from longctx_jax.nn.mlp import dense
+from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import RMSNorm
 from longctx_jax.ops.position import sinusoid
 from longctx_jax.ops.vq import VQState, init_vq_state, vq_attention
@@ -36,6 +36,8 @@ from longctx_jax.ops.vq.codebook import (
 
 GATES = ("silu", "none")
 POSITIONS = ("relative", "none")
+IMPLEMENTATIONS = ("auto", "pallas_triton", "linear", "quadratic")
+SEARCHES = ("auto", "pallas_triton", "xla")
 COMMITMENT = "vq_commitment"  # name of the auxiliary loss
 MAX_RELATIVE_ERROR = 10.0  # of one key, in the metric
 
@@ -112,7 +114,7 @@ class VQAttention(nn.Module):
         value = heads("value", self.n_kv_heads, self.d_value)
         if self.gate == "silu":
             value = jax.nn.silu(value)
-        content_query, bias = self._positions(query, train)
+        content_query, bias = self._positions(query, cache is None, train)
         result = vq_attention(
             content_query,
             key,
@@ -137,25 +139,42 @@ class VQAttention(nn.Module):
         aux = self._report(key, result, documents) if train else no_aux()
         return out, None if cache is None else result.state, aux
 
-    def _positions(self, query: jax.Array, train: bool) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the query that meets keys, and the bias [batch, seq, heads, window_len + 1]."""
+    def _positions(
+        self, query: jax.Array, is_fresh: bool, train: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the query that meets keys, and the bias [batch, seq, heads, distances].
+
+        Distances are 0 .. window_len, or as many as a fresh call has. The bias is (q W_R^T) s_d =
+        q (s_d W_R): few queries are cheaper the first way, many the second.
+        """
         if self.position == "none":
             return query, None
+        batch, seq = query.shape[:2]
+        n_distances = min(self.window_len + 1, seq) if is_fresh else self.window_len + 1
         unit = self.d_key**-0.25
         shape = (self.n_heads, self.d_key)
         content = self.param("content_bias", nn.initializers.zeros, shape, jnp.float32)
         place = self.param("position_bias", nn.initializers.zeros, shape, jnp.float32)
-        distances = jnp.arange(self.window_len + 1, dtype=jnp.int32)[None]
+        distances = jnp.arange(n_distances, dtype=jnp.int32)[None]
         waves = sinusoid(distances, self.d_model, self.position_theta)[0]
         if train and self.position_dropout > 0.0:
             waves = nn.Dropout(self.position_dropout, deterministic=False)(waves)
-        rows = unit * dense(self.n_kv_heads * self.d_key, self.dtype, "relative")(waves)
-        rows = rows.reshape(-1, self.n_kv_heads, self.d_key)
+        waves = waves.astype(self.dtype)
+        kernel = Kernel(self.n_kv_heads * self.d_key, self.dtype, name="relative")(self.d_model)
+        kernel = unit * kernel.reshape(self.d_model, self.n_kv_heads, self.d_key)
         group = self.n_heads // self.n_kv_heads
         place_query = query + (unit * place).astype(query.dtype)
-        place_query = place_query.reshape(*query.shape[:2], self.n_kv_heads, group, self.d_key)
-        bias = jnp.einsum("bthgk,mhk->bthgm", place_query, rows)
-        bias = bias.reshape(*query.shape[:3], -1)
+        place_query = place_query.reshape(batch, seq, self.n_kv_heads, group, self.d_key)
+        of_rows = n_distances * self.n_kv_heads * self.d_key * self.d_model
+        of_rows += batch * seq * self.n_heads * self.d_key * n_distances
+        of_queries = batch * seq * self.n_heads * self.d_model * (self.d_key + n_distances)
+        if of_queries < of_rows:
+            projected = jnp.einsum("bthgk,dhk->bthgd", place_query, kernel)
+            bias = jnp.einsum("bthgd,md->bthgm", projected, waves)
+        else:
+            rows = jnp.einsum("md,dhk->mhk", waves, kernel)
+            bias = jnp.einsum("bthgk,mhk->bthgm", place_query, rows)
+        bias = bias.reshape(batch, seq, self.n_heads, n_distances)
         return query + (unit * content).astype(query.dtype), bias
 
     def _report(self, key: jax.Array, result: Any, documents: Documents | None) -> Aux:

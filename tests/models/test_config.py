@@ -77,6 +77,12 @@ MISTAKES = [
     ({"vq": {"position_dropout": 1}}, "config.model.vq.position_dropout must be in [0, 1): got 1"),
     ({"vq": {"codebook_decay": 2}}, "config.model.vq.codebook_decay must be in [0, 1]: got 2; it"),
     ({"vq": {"codebook_start": "x"}}, "config.model.vq.codebook_start must be one of ['sphere'"),
+    ({"vq": {"search": "x"}}, "config.model.vq.search must be one of ['auto', 'pallas_triton'"),
+    ({"vq": {"implementation": "x"}}, "config.model.vq.implementation must be one of ['auto', "),
+    (
+        {"vq": {"codebook_decay": 1.0, "reseed_below": 1.0}},
+        "config.model.vq.reseed_below needs a codebook that learns: got 1.0",
+    ),
     ({"vq": {"smoothing": "x"}}, "config.model.vq.smoothing must be one of ['clip', 'laplace']"),
 ]
 
@@ -187,8 +193,9 @@ def logits_of(fields, dtype):
     return out.logits
 
 
-def test_bfloat16_is_close_to_float32(model_fields):
-    fields = model_fields("sliding")
+@pytest.mark.parametrize("name", ["sliding", pytest.param("vq", marks=pytest.mark.slow)])
+def test_bfloat16_is_close_to_float32(name, model_fields):
+    fields = model_fields(name)
     float32, bfloat16 = logits_of(fields, "float32"), logits_of(fields, "bfloat16")
     assert float32.dtype == bfloat16.dtype == jnp.float32
     assert_close(bfloat16, float32, rel_rms=3e-2)  # seen: 1e-2

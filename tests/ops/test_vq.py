@@ -167,11 +167,19 @@ def test_far_keys_get_no_gradient_and_near_ones_the_straight_through():
     assert (gradient[: SEQ - 1 - WINDOW] == 0).all() and (gradient[SEQ - 1 - WINDOW :] > 0).all()
 
 
+@pytest.mark.parametrize("length", [1, 7])
 @in_float64
-def test_the_codebook_gets_no_gradient():
+def test_the_codebook_gets_no_gradient(length):
+    """Nor from one token that reads a filled table."""
     *inputs, codebook = make_inputs()
-    gradient = jax.grad(lambda c: jnp.sum(attend(*inputs, c, None) ** 2))(codebook)
-    assert not np.any(gradient)
+    _, state = in_calls([SEQ], make_inputs(), None, block_len=4)
+    query, key, value, bias = (x[:, :length] for x in inputs)
+
+    def loss(codebook):
+        out = vq_attention(query, key, value, codebook, state, relative_bias=bias).out
+        return jnp.sum(out**2)
+
+    assert not np.any(jax.jit(jax.grad(loss))(codebook))
 
 
 @in_float64
@@ -267,9 +275,7 @@ def test_a_step_has_the_gradients_of_a_block():
     def run(implementation):
         def loss(inputs, value, mean):
             table = state.table._replace(mean=mean)
-            filled = jax.tree.map(lambda x: x, state)
-            object.__setattr__(filled, "value", value)
-            object.__setattr__(filled, "table", table)
+            filled = state._replace(value=value, table=table)
             query, key, value, bias = inputs
             result = vq_attention(
                 query,
@@ -299,6 +305,29 @@ def test_rows_stand_at_different_positions():
     query, key, value, bias = (rows(x) for x in inputs[:4])
     result = jitted(query, key, value, inputs[4], state, bias, rows(jnp.asarray(DOCUMENTS)))
     assert_close(result.out, rows(whole), rel_rms=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES[1:], ids=str)
+@in_float64
+def test_steps_keep_the_rules(rule):
+    """Twelve single tokens after a block: values and gradients of the definition."""
+
+    def run(query, key, value, bias, codebook, documents):
+        arrays, outs = (query, key, value, bias), []
+        shape = (BATCH, WINDOW, KV_HEADS, KEY, VALUE, CODES, jnp.float64)
+        state = init_vq_state(*shape)
+        for start, stop in [(0, 11), *((t, t + 1) for t in range(11, SEQ))]:
+            query, key, value, bias = (x[:, start:stop] for x in arrays)
+            marks = jnp.asarray(documents[:, start:stop])
+            options = {"relative_bias": bias, "documents": marks, "block_len": 4, "scale": 0.5}
+            result = vq_attention(query, key, value, codebook, state, **options, **rule)
+            state = result.state
+            outs.append(result.out)
+        return jnp.concatenate(outs, axis=1)
+
+    actual = with_gradients(run, make_inputs(), DOCUMENTS)
+    assert_trees_close(actual, expected(True, **rule), rel_rms=1e-13)
 
 
 def in_calls_prefix(inputs, length):
@@ -353,15 +382,20 @@ def by_hand(codes, value, documents, row):
 @in_float64
 def test_tables_count_the_last_document(reduction):
     codes, value, documents = make_blocks()
-    start = empty_table(BATCH, KV_HEADS, CODES, VALUE, jnp.float64)
-    tables = tables_before_blocks(start, codes, value, documents, reduction)
-    assert not np.any(tables.count[0]) and tables.count.dtype == jnp.int32
-    for n, row in np.ndindex(4, BATCH):
-        pieces = (np.asarray(x)[: n + 1] for x in (codes, value, documents))
-        count, mean = by_hand(*pieces, row)
-        assert np.array_equal(tables.count[n + 1, row], count)
-        actual = np.asarray(tables.mean[n + 1, row]) * (count > 0)[..., None]
-        assert_close(actual, mean, rel_rms=1e-13)
+    empty = empty_table(BATCH, KV_HEADS, CODES, VALUE, jnp.float64)
+    for n_before in (0, 1):  # from nothing, and from a table carried over
+        start = empty
+        if n_before:
+            start = file_tokens(empty, codes[0], value[0], documents[0])
+        rest = (x[n_before:] for x in (codes, value, documents))
+        tables = tables_before_blocks(start, *rest, reduction)
+        assert np.array_equal(tables.count[0], start.count) and tables.count.dtype == jnp.int32
+        for n, row in np.ndindex(4 - n_before, BATCH):
+            pieces = (np.asarray(x)[: n_before + n + 1] for x in (codes, value, documents))
+            count, mean = by_hand(*pieces, row)
+            assert np.array_equal(tables.count[n + 1, row], count)
+            actual = np.asarray(tables.mean[n + 1, row]) * (count > 0)[..., None]
+            assert_close(actual, mean, rel_rms=1e-13)
 
 
 @in_float64
@@ -410,7 +444,12 @@ MISTAKES = [
     ({"window_len": -1}, "window_len must be at least 1: got -1"),
     ({"window_len": 3}, "relative_bias must list distances 0 .. window_len at most: got 6"),
     ({"block_len": -1}, "block_len must not be negative: got -1"),
-    ({"reduction": "sum", "block_len": 4}, "reduction must be one of .* got 'sum'"),
+    ({"reduction": "sum"}, "reduction must be one of .* got 'sum'"),
+    ({"value": np.zeros((BATCH, SEQ - 1, KV_HEADS, VALUE))}, "value must have the batch and tok"),
+    ({"value": np.zeros((BATCH, SEQ, 1, VALUE))}, "value must have the heads of key, 2"),
+    ({"relative_bias": np.zeros((BATCH, SEQ, 2, 3))}, "relative_bias must have the heads of quer"),
+    ({"documents": np.zeros((BATCH, 3), np.int32)}, "documents must be .* got \\(2, 3\\)"),
+    ({"documents": np.full((BATCH, SEQ), -1, np.int32)}, "documents must not be negative: got -1"),
     ({"implementation": "cuda"}, "implementation must be one of .* got 'cuda'"),
     ({"state": (1, WINDOW, KV_HEADS, KEY, VALUE, CODES)}, "state.key must be .* got \\(1, 5"),
     ({"state": (BATCH, WINDOW, KV_HEADS, KEY, VALUE, 9)}, "state.table.mean must be "),
@@ -420,7 +459,12 @@ MISTAKES = [
 @pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=lambda x: str(x)[:30])
 def test_a_mistake_says_what_was_given(changes, message):
     query, key, value, bias, codebook = make_inputs(np.float32)
-    changes = {k: jnp.float32(v) if isinstance(v, np.ndarray) else v for k, v in changes.items()}
+    changes = {
+        k: jnp.asarray(v, np.int32 if k == "documents" else np.float32)
+        if isinstance(v, np.ndarray)
+        else v
+        for k, v in changes.items()
+    }
     if "state" in changes:
         changes["state"] = init_vq_state(*changes["state"])
     arrays = {"query": query, "key": key, "value": value, "codebook": codebook}

@@ -54,7 +54,9 @@ def attend(
     n_blocks = -(-seq // block)
     # Blocks are filed whole, so the window before a block is rounded up to blocks; the added slots
     # are empty before the first block and hold tokens not yet filed before the others.
-    before = _round_up(window, block) if n_blocks > 1 else 0 if is_fresh else window
+    before = _round_up(window, block) if n_blocks > 1 else window
+    if is_fresh:  # no more than there can be
+        before = min(before, (n_blocks - 1) * block)
     padding = n_blocks * block - seq
     if is_fresh:
         stream = tokens.pad(before, padding)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from longctx_jax.ops.dispatch import Implementation, choose, platform
 from longctx_jax.ops.vq import linear
@@ -14,6 +16,7 @@ from longctx_jax.ops.vq.blocks import Rules, attend_blocks
 from longctx_jax.ops.vq.codebook import quantize, search_codes
 from longctx_jax.ops.vq.state import VQState, as_tokens, init_vq_state
 from longctx_jax.ops.vq.step import step
+from longctx_jax.ops.vq.table import REDUCTIONS
 from longctx_jax.typing import Array, Float, Int
 
 LONGEST_BLOCK = {"cpu": 256}  # queries a block where the caller leaves it open, by platform
@@ -148,13 +151,13 @@ def nearest_code(
 
 def vq_attention(
     query: Float[Array, "batch seq heads key"],
-    key: Float[Array, "batch seq kv_heads key"],
-    value: Float[Array, "batch seq kv_heads value"],
+    key: Float[Array, "batch key_seq kv_heads key"],
+    value: Float[Array, "batch value_seq value_heads value"],
     codebook: Float[Array, "code_heads codes code_key"],
     state: VQState | None = None,
     *,
-    relative_bias: Float[Array, "batch seq heads distances"] | None = None,
-    documents: Int[Array, "batch seq"] | None = None,
+    relative_bias: Float[Array, "batch bias_seq bias_heads distances"] | None = None,
+    documents: Int[Array, "batch document_seq"] | None = None,
     window_len: int = 0,
     block_len: int = 0,
     scale: float | None = None,
@@ -172,13 +175,13 @@ def vq_attention(
 
     Args:
         query: a multiple of the key's heads: query head h reads kv head h // (heads / kv_heads).
-        key: before quantisation. Codewords and keys should lie at one scale.
+        key: of the same tokens, before quantisation. Codewords and keys should lie at one scale.
         value: its width may differ.
         codebook: codewords; constant here.
         state: what came before (`init_vq_state`, or that of an earlier call); None = nothing.
         relative_bias: added to the scores of distances 0, 1, ..., window_len at most, by query.
-        documents: which document each token belongs to, int32, not decreasing along the stream
-            (state included); tokens see their own only. None = all continue the last one.
+        documents: which document each token belongs to, int32, >= 0 and not decreasing along the
+            stream (state included); tokens see their own only. None = all continue the last one.
         window_len: tokens before a query that the bias and the straight-through gradient reach; the
             state keeps that many. 0 = the state's, or 512.
         block_len: queries a block: speed and memory, never the result. 0 = chosen.
@@ -203,6 +206,13 @@ def vq_attention(
     batch, seq, heads, d_key = query.shape
     window_len = window_len or (512 if state is None else state.window_len)
     _require_shapes(query, key, value, codebook, state, relative_bias, window_len)
+    _require_documents(documents, (batch, seq))
+    if reduction not in ("auto", *REDUCTIONS):
+        raise ValueError(
+            f"vq_attention: reduction must be one of {['auto', *REDUCTIONS]}: got {reduction!r}; "
+            "set config.model.vq.reduction"
+        )
+    codebook = jax.lax.stop_gradient(codebook)
     if block_len < 0:
         raise ValueError(
             f"vq_attention: block_len must not be negative: got {block_len}; 0 is chosen; set "
@@ -288,10 +298,41 @@ def _require_codebook(vectors: tuple[int, ...], codebook: tuple[int, ...]) -> No
         )
 
 
+def _require_documents(documents, shape: tuple[int, int]) -> None:
+    """Raises unless they are one id a token, and none negative where the values are known."""
+    if documents is None:
+        return
+    if documents.shape != shape:
+        raise ValueError(
+            f"vq_attention: documents must be [batch, seq] = {shape}: got {documents.shape}"
+        )
+    if not isinstance(documents, Tracer) and np.any(np.asarray(documents) < 0):
+        raise ValueError(
+            f"vq_attention: documents must not be negative: got {int(np.min(documents))}; give "
+            "padding a document of its own"
+        )
+
+
 def _require_shapes(query, key, value, codebook, state, relative_bias, window_len) -> None:
     _require_codebook(key.shape[2:], codebook.shape)
     if query.shape[1] == 0:
         raise ValueError("vq_attention: needs a token: got a sequence of length 0")
+    tokens = {"key": key, "value": value, "relative_bias": relative_bias}
+    for name, array in tokens.items():
+        if array is not None and array.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"vq_attention: {name} must have the batch and tokens of query, {query.shape[:2]}: "
+                f"got {array.shape}"
+            )
+    if value.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"vq_attention: value must have the heads of key, {key.shape[2]}: got {value.shape}"
+        )
+    if relative_bias is not None and relative_bias.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"vq_attention: relative_bias must have the heads of query, {query.shape[2]}: got "
+            f"{relative_bias.shape}"
+        )
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"vq_attention: query heads must be a multiple of key heads: got {query.shape[2]} and "

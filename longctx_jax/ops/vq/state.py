@@ -6,6 +6,7 @@ long the stream is.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,7 @@ from longctx_jax.ops.vq.table import NO_DOCUMENT, Table, empty_table
 from longctx_jax.typing import Array, DType, Float, Int
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class VQState:
+class VQState(NamedTuple):
     """The ring of recent tokens and the table of older ones, one row a batch entry."""
 
     key: jax.Array  # quantised, [batch, window, kv_heads, key]

@@ -123,11 +123,7 @@ def tables_before_blocks(
 
     Cost: serial and associative O(blocks codes value) beside adding up the values.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"vq_attention: reduction must be one of {list(REDUCTIONS)}: got {reduction!r}; "
-            "set config.model.vq.reduction"
-        )
+    assert reduction in REDUCTIONS, reduction
     n_codes = table.count.shape[-1]
 
     def with_first(first, rest):
