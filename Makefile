@@ -65,7 +65,8 @@ gpu-check:  ## On a GPU machine: GPU tests, then every benchmark; records what d
 	LONGCTX_TEST_GPU=1 $(RUN) -m pytest -q -m gpu
 	$(RUN) -m scripts.benchmark --suite=train --out=$(GPU_RESULTS)/train.jsonl
 	$(RUN) -m scripts.benchmark --suite=decode --out=$(GPU_RESULTS)/decode.jsonl
-	$(RUN) -m scripts.benchmark --suite=decay --peers --out=$(GPU_RESULTS)/decay.jsonl --record
+	$(RUN) -m scripts.benchmark --suite=decay --peers=all --out=$(GPU_RESULTS)/decay.jsonl --record
+	$(RUN) -m scripts.benchmark --suite=vq --out=$(GPU_RESULTS)/vq.jsonl
 
 clean:  ## Remove caches and build leftovers (not runs, not the environment)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,15 +1,16 @@
-"""Measures a suite: python -m scripts.benchmark --suite=train|decode|decay [--out=FILE] [--quick].
+"""Measures a suite: python -m scripts.benchmark --suite=NAME [--out=FILE] [--quick].
 
-Appends rows to FILE (JSON lines), draws FILE with .png, prints a table. Shapes are the config's:
---config=FILE and --config.field=value as everywhere; the suite decay has shapes of its own, --peers
-times other libraries beside it, and --record makes its rows the table that "auto" decides by.
+NAME is train, decode, decay or vq. Appends rows to FILE (JSON lines), draws FILE with .png, prints
+a table. Shapes are the config's: --config=FILE and --config.field=value as everywhere; the suites
+decay and vq have shapes of their own. --peers times others' code beside ours: in the suite decay
+the libraries that are installed (--peers=all), in vq checkouts of the published implementation
+(--peers=FOLDER[,FOLDER]). --record makes the rows of decay the table that "auto" decides by.
 Nothing here sets XLA flags; rows record them.
 """
 
 import pathlib
-import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,7 +18,7 @@ from absl import flags
 from scripts import common
 
 _SUITE = flags.DEFINE_enum(
-    "suite", None, ["train", "decode", "decay"], "What to measure.", required=True
+    "suite", None, ["train", "decode", "decay", "vq"], "What to measure.", required=True
 )
 _CONFIG = common.config_flag(default="configs/quickstart.py")
 _OUT = flags.DEFINE_string("out", "", "JSON-lines file; empty = results/<suite>_<device>.jsonl.")
@@ -31,7 +32,13 @@ _MAX_SECONDS = flags.DEFINE_float(
 _QUICK = flags.DEFINE_bool("quick", False, "Tiny shapes: shows that it runs, measures nothing.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "Sequence or context lengths (tokens), e.g. 256,4096.")
 _PARTS = flags.DEFINE_list("parts", [], "Parts of the suite to run; empty = all.")
-_PEERS = flags.DEFINE_bool("peers", False, "decay: also time other libraries that are installed.")
+_HEADS = flags.DEFINE_list("heads", [], "vq: head types (shga, mqa, mha); empty = all.")
+_PEERS = flags.DEFINE_list(
+    "peers",
+    [],
+    "Whose code to time beside ours. decay: all = other libraries that are installed. vq: folders "
+    "of checkouts of the published implementation, of either branch.",
+)
 _RECORD = flags.DEFINE_bool(
     "record", False, 'decay: write the table that "auto" decides by, from all rows in --out.'
 )
@@ -39,22 +46,20 @@ _RECORD = flags.DEFINE_bool(
 
 def measure(config: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of the suite that the flags ask for."""
-    from longctx_jax.benchmarking import decay_suite, decode_suite, suites
+    from longctx_jax.benchmarking import decay_suite, decode_suite, suites, vq_cases, vq_suite
 
     suite = _SUITE.value
-    known = {"train": suites.PARTS, "decay": decay_suite.PARTS, "decode": ()}[suite]
-    unknown = [part for part in _PARTS.value if part not in known]
-    if unknown:
-        raise common.UsageError(
-            f"--parts must be among {', '.join(known) or 'none'} in the suite {suite}: got "
-            f"{', '.join(unknown)}"
-        )
+    parts_of = {"train": suites.PARTS, "decay": decay_suite.PARTS, "vq": vq_suite.PARTS}
+    known = parts_of.get(suite, ())
+    _require_known("parts", _PARTS.value, known)
+    _require_known("heads", _HEADS.value, vq_cases.HEADS if suite == "vq" else ())
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise common.UsageError(
             f"--lengths must be positive numbers of tokens: got {','.join(_LENGTHS.value)}"
         )
-    if suite != "decay" and (_PEERS.value or _RECORD.value):
-        raise common.UsageError(f"--peers and --record belong to --suite=decay: got {suite}")
+    if suite != "decay" and _RECORD.value:
+        raise common.UsageError(f"--record belongs to --suite=decay: got {suite}")
+    checkouts = _peers(suite)
     if _RECORD.value and _QUICK.value:
         raise common.UsageError(
             "--record needs real measurements: got --quick, whose shapes measure nothing; "
@@ -70,14 +75,57 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     if suite == "decode":
         return decode_suite.decode_rows(config, limits)
     if suite == "decay":
-        return decay_suite.decay_rows(limits, parts, with_peers=_PEERS.value)
+        return decay_suite.decay_rows(limits, parts, with_peers=bool(_PEERS.value))
+    if suite == "vq":
+        heads = _HEADS.value or vq_cases.HEADS
+        return vq_suite.vq_rows(config, limits, parts, heads=heads, checkouts=checkouts)
     return suites.train_rows(config, limits, parts)
 
 
+def _require_known(flag: str, given: list[str], known: Sequence[str]) -> None:
+    unknown = [value for value in given if value not in known]
+    if unknown:
+        raise common.UsageError(
+            f"--{flag} must be among {', '.join(known) or 'none'} in the suite {_SUITE.value}: got "
+            f"{', '.join(unknown)}"
+        )
+
+
+def _peers(suite: str) -> list[Any]:
+    """Checks --peers, and returns the checkouts of the published implementation, imported."""
+    given = _PEERS.value
+    if not given or suite == "decay":
+        _require_known("peers", given, ("all",) if suite == "decay" else ())
+        return []
+    if suite != "vq":
+        raise common.UsageError(
+            f"--peers belongs to --suite=decay and --suite=vq: got {suite} and {','.join(given)}"
+        )
+    from longctx_jax.benchmarking import vq_peers
+
+    return [vq_peers.load(pathlib.Path(folder)) for folder in given]
+
+
 def is_summary(row: dict[str, Any]) -> bool:
-    """Whether a row of the suite decay is about other rows: those are printed as sentences."""
-    summed_up = "speed_ratio" in row or row["name"] == "crossover"
-    return row["suite"] == "decay" and summed_up
+    """Whether a row of decay or vq is about other rows: those are printed as sentences."""
+    summed_up = "speed_ratio" in row or "exponent" in row or row["name"] == "crossover"
+    return row["suite"] in ("decay", "vq") and summed_up
+
+
+def summary_text(row: dict[str, Any]) -> str:
+    """Returns a row about other rows as one line, "" for any other row."""
+    from longctx_jax.benchmarking import decay_summary, figures, vq_suite
+
+    if row["suite"] == "vq" and is_summary(row):
+        return vq_suite.summary_text(row)
+    if row["name"] == "crossover":
+        return decay_summary.crossover_text(row)
+    if "speed_ratio" not in row:
+        return ""
+    return (
+        f"{figures.case_name(row)}: {row['speed_ratio']:.3f} tokens/s for tokens/s (quartiles "
+        f"{row['speed_ratio_quartile_1']:.3f} to {row['speed_ratio_quartile_3']:.3f})"
+    )
 
 
 def record_table(rows: list[dict[str, Any]], fields: dict[str, Any]) -> None:
@@ -101,10 +149,11 @@ def main(arguments: list[str]) -> None:
     """Measures, records, draws, prints."""
     del arguments
     rows_of_suite = measure(_CONFIG.value)
-    from longctx_jax.benchmarking import decay_summary, figures, timing
+    from longctx_jax.benchmarking import figures, timing
 
-    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
-    fields = timing.environment(command) | {"is_quick": _QUICK.value}
+    fields: dict[str, Any] = timing.environment(
+        timing.command_line("scripts.benchmark", sys.argv[1:])
+    ) | {"is_quick": _QUICK.value}
     device = fields["device"].lower().replace(" ", "_")
     # Quick rows measure nothing: they stay away from the recorded ones.
     folder = "runs/benchmark_quick" if _QUICK.value else "results"
@@ -120,15 +169,8 @@ def main(arguments: list[str]) -> None:
         rows.append(row)
         print(figures.progress(row), file=sys.stderr, flush=True)
     print(figures.format_table([row for row in rows if not is_summary(row)]))
-    for row in rows:
-        if "speed_ratio" in row:
-            print(
-                f"{figures.case_name(row)}: {row['speed_ratio']:.3f} tokens/s for tokens/s "
-                f"(quartiles {row['speed_ratio_quartile_1']:.3f} to "
-                f"{row['speed_ratio_quartile_3']:.3f})"
-            )
-        if row["name"] == "crossover":
-            print(decay_summary.crossover_text(row))
+    for text in filter(None, map(summary_text, rows)):
+        print(text)
     picture = out.with_suffix(".png")
     recorded = timing.read_rows(out)
     figures.draw_rows(recorded).savefig(picture)

@@ -33,6 +33,15 @@ def context_lengths() -> list[int]:
     return sorted(map(int, _LENGTHS.value))
 
 
+def vq_fields(model: Any) -> dict[str, Any]:
+    """Returns what tells models with quantised keys apart, nothing for others."""
+    if "vq" not in model.pattern:
+        return {}
+    vq = model.vq
+    fields = {"vq_codebook_size": vq.codebook_size, "vq_use_table": vq.use_table}
+    return fields | {"vq_window_len": vq.window_len, "gate": vq.gate}
+
+
 def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
     """Returns a row a length of the run in `folder`."""
     import jax
@@ -57,6 +66,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
             "split": _SPLIT.value,
             "pattern": model.pattern,
             "decay_kind": model.decay.kind if "decay" in model.pattern else "",
+            **vq_fields(model),
             "context_len": length,
             **result,
             "step": run.step,

@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import importlib.util
 import os
-import re
 import statistics
 import sys
 import time
@@ -134,7 +133,7 @@ def peer_rows(inputs: Inputs, limits: Limits) -> Iterator[tuple[str, Row]]:
         try:
             row = _measure(peer, inputs, limits)
         except Exception as error:  # other people's code fails in any way, and we report which
-            row = {"skipped": without_paths(f"{type(error).__name__}: {error}")}
+            row = {"skipped": timing.without_paths(f"{type(error).__name__}: {error}")}
         yield peer.name, row
 
 
@@ -154,12 +153,6 @@ def unsupported(peer: Peer, inputs: Inputs) -> str:
     if peer.max_seq is not None and facts.seq > peer.max_seq:
         return f"the suite runs it up to {peer.max_seq} tokens"
     return ""
-
-
-def without_paths(text: str) -> str:
-    """Returns the first line of a text, folders of paths left out: rows say nothing about homes."""
-    first = next(iter(text.strip().splitlines()), "")
-    return re.sub(r"(?<![\w.])(/[\w.+~-]+)+/", "", first)[:300]
 
 
 def own_log_decay(peer: Peer, n_heads: int) -> tuple[float, ...] | None:
@@ -325,7 +318,7 @@ def _gpu_times(torch: Any, call: Callable[[], Any], limits: Limits) -> Row:
         times = seconds(graph.replay, GRAPH_CALLS)
         del graph
     except RuntimeError as error:
-        note = without_paths(f"CUDA events, one call; no CUDA graph: {error}")
+        note = timing.without_paths(f"CUDA events, one call; no CUDA graph: {error}")
         torch.cuda.synchronize()
         return row | timing.summary(eager) | {"n_inner": 1, "timed": note}
     return row | timing.summary(times) | {"n_inner": GRAPH_CALLS, "timed": "CUDA graph"}

@@ -13,9 +13,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from longctx_jax.benchmarking import decay_cases, decay_peers, decay_roofline, decay_summary
+from longctx_jax.benchmarking import (
+    decay_cases,
+    decay_peers,
+    decay_roofline,
+    decay_summary,
+    roofline,
+)
 from longctx_jax.benchmarking.suites import Limits
-from longctx_jax.benchmarking.timing import Row, measure_in_turns
+from longctx_jax.benchmarking.timing import Row, device_bytes, measure_in_turns
 from longctx_jax.ops.attention import attention
 from longctx_jax.ops.decay.facts import Facts, facts_of
 from longctx_jax.ops.decay.select import IMPLEMENTATIONS, explain_facts
@@ -39,7 +45,6 @@ MAX_PREDICTED_RATIO = 30.0  # to the best form, in the parts that do not show al
 SLOW_S = 0.02  # forms above take turns of their own, with fewer runs
 SLOW_RUNS = 5
 CPU_SECONDS = 12.0  # of rounds a group: the whole suite takes minutes
-CPU_BYTES = 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +138,7 @@ def _shape_rows(
     """Yields a row a form, run or not, and a row a peer, for one shape and pass."""
     facts = shape.facts(PASSES[pass_name])
     fields = {"suite": "decay", "part": shape.part, "pass": pass_name, **shape_fields(facts)}
-    top = decay_roofline.ceiling(facts.device, facts.dtype, is_quick=limits.is_quick)
+    top = roofline.ceiling(facts.device, facts.dtype, is_quick=limits.is_quick)
     flops = decay_roofline.ideal_flops(facts)
     reasons: dict[str, str] = {}
     if with_ours:
@@ -243,9 +248,3 @@ def rounds_seconds(platform: str, limits: Limits) -> float:
     if platform != "cpu":
         return limits.max_seconds
     return min(limits.max_seconds or CPU_SECONDS, CPU_SECONDS)
-
-
-def device_bytes() -> int:
-    """Returns how many bytes a compiled plan may hold: of the device, or a bound on a CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", CPU_BYTES)

@@ -65,8 +65,8 @@ def decode_rows(config: Any, limits: Limits) -> Iterator[Row]:
 
 def cache_bytes(model: Decoder, batch_size: int, max_len: int) -> int:
     """Returns the bytes of the whole model cache."""
-    cache = jax.eval_shape(lambda: model.init_cache(batch_size, max_len))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(model.init_cache(batch_size, max_len)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def prefill_case(model: Decoder, batch_size: int, context_len: int, n_new: int) -> Case:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from longctx_jax.benchmarking import decay_figures
+from longctx_jax.benchmarking import decay_figures, vq_figures
 
 Rows = Sequence[Mapping[str, Any]]
 IDENTITY = (
@@ -30,12 +30,19 @@ IDENTITY = (
     "dtype",
     "is_per_token",
     "remat",
+    "head_type",
+    "n_codes",
+    "window_len",
+    "block_len",
+    "reduction",
 )
-COLUMNS = ("name", "pass", "batch_size", "seq_len", "median_ms", "tokens_per_s")
+COLUMNS = ("name", "head_type", "pass", "batch_size", "seq_len", "median_ms", "tokens_per_s")
 MIDDLE_COLUMNS = (
     *("token_ms", "cells", "cache_bytes", "model_flops_per_s"),
-    *("d_key", "roofline_fraction", "tb_per_s", "max_error"),
+    *("d_key", "n_codes", "block_len", "reduction", "relative_time"),
+    *("roofline_fraction", "tb_per_s", "max_error", "rel_rms_to_linear"),
 )
+MAX_COLUMNS = 5  # of panels
 LAST_COLUMNS = ("compile_s", "peak_bytes", "n_runs", "speed_ratio", "skipped")
 
 
@@ -73,7 +80,8 @@ def progress(row: Mapping[str, Any]) -> str:
     """Returns one line about a row just measured."""
     where = " ".join(f"{n}={row[n]}" for n in ("pass", "batch_size", "seq_len") if n in row)
     if "median_ms" not in row:
-        return f"{row['name']}: " + str(row.get("speed_ratio", row.get("skipped", "")))
+        told = (row[n] for n in ("speed_ratio", "exponent", "skipped") if n in row)
+        return f"{row['name']}: {next(told, '')}"
     return f"{row['name']} {where}: {row['median_ms']:.4g} ms, {row['tokens_per_s']:,.0f} tokens/s"
 
 
@@ -81,8 +89,8 @@ def draw_rows(rows: Rows) -> Figure:
     """Returns the figure of one suite's rows.
 
     train: speed of each model, speed by length, time by schedule. decode: time a token, prefill
-    and cache by context length. decay: see `decay_figures.py`. Bars and points are medians,
-    whiskers quartiles.
+    and cache by context length. decay, vq: see `decay_figures.py`, `vq_figures.py`. Bars and
+    points are medians, whiskers quartiles.
 
     Raises:
         ValueError: if there is no row, or rows of several suites or devices.
@@ -101,6 +109,8 @@ def draw_rows(rows: Rows) -> Figure:
         panels = _decode_panels(timed)
     elif rows[0]["suite"] == "decay":
         panels = decay_figures.panels(timed)
+    elif rows[0]["suite"] == "vq":
+        panels = vq_figures.panels(rows)
     else:
         parts = {
             p: [r for r in timed if r["part"] == p] for p in ("models", "lengths", "schedules")
@@ -108,10 +118,11 @@ def draw_rows(rows: Rows) -> Figure:
         panels = _train_panels(parts)
     if not panels:
         raise ValueError("a benchmark figure needs timed rows: got none; run the suite first")
-    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained", dpi=120)
-    for axes, (title, draw) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    n_columns = min(len(panels), MAX_COLUMNS)
+    n_rows = -(-len(panels) // n_columns)
+    figure = Figure(figsize=(5.2 * n_columns, 4.6 * n_rows), layout="constrained", dpi=120)
+    for place, (title, draw) in enumerate(panels, start=1):
+        axes = figure.add_subplot(n_rows, n_columns, place)
         draw(axes)
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,8 @@ is not model work and not counted. Exact attention counts the (query, key) pairs
 the causal half, or the window. Forms that compute the masked pairs as well do up to twice that, so
 they show a lower model FLOP/s; pairs="dense" counts those, as a dense form computes them. Decay
 attention counts its chunked form, the square inside a chunk in full: no smaller number is usual.
+Vector-quantised attention counts the window's keys one by one and everything older as codes; sums
+of values by code are additions, and its sinusoids are projected once a call: neither is counted.
 """
 
 from longctx_jax.models.config import ModelConfig
@@ -41,6 +43,8 @@ def forward_flops_per_token(
     for kind in config.pattern:
         if kind == "decay":
             layer = decay_flops(config, seq_len)
+        elif kind == "vq":
+            layer = vq_flops(config, seq_len, n_past=n_past, pairs=pairs)
         else:
             window = config.sliding.window_len if kind == "sliding" else 0
             reach = min(filter(None, (window, cache_len)), default=0)
@@ -72,8 +76,9 @@ def mean_visible_keys(seq_len: int, n_past: int = 0, reach: int = 0) -> float:
 
 
 def mlp_flops(config: ModelConfig) -> int:
-    """Returns 2 d_model d_ff a matrix: three of them for swiglu, two for gelu."""
-    return 2 * config.d_model * config.d_ff * (3 if config.mlp == "swiglu" else 2)
+    """Returns 2 d_model d_ff a matrix: three of them for swiglu, two for others, none for none."""
+    n_matrices = {"swiglu": 3, "none": 0}.get(config.mlp, 2)
+    return 2 * config.d_model * config.d_ff * n_matrices
 
 
 def softmax_flops(config: ModelConfig, n_keys: float) -> float:
@@ -99,3 +104,37 @@ def decay_flops(config: ModelConfig, seq_len: int) -> float:
     gates = heads if config.decay.kind == "gated" else 0
     projections = 2 * config.d_model * (inputs + outputs + gates)
     return projections + 2 * heads * (chunk * (d_key + d_value) + 2 * d_key * d_value)
+
+
+def vq_flops(
+    config: ModelConfig, seq_len: int, *, n_past: int = 0, pairs: str = "visible"
+) -> float:
+    """Returns projections, position bias, search, and 2 H (codes + keys) (K + V) for attention.
+
+        2 d (H K + H_kv (K + V) + H V) + 2 H (window + 1) K + 2 H_kv codes K
+
+    A gate adds 2 d H V. Visible: a query sees the window's keys and its own, and the codes once a
+    token left the window; dense: all codes, and all keys of its block and of those that the window
+    reaches, as the linear form computes them (without a block length: one block).
+    """
+    heads, kv_heads, d_key, d_value = (
+        config.n_heads,
+        config.n_kv_heads,
+        config.d_key,
+        config.d_value,
+    )
+    vq = config.vq
+    n_codes = float(vq.codebook_size if vq.use_table else 0)
+    if pairs == "dense":
+        block = min(vq.block_len or seq_len, seq_len)
+        before = -(-vq.window_len // block) * block if block < seq_len else 0
+        n_keys = float(before + block)
+    else:
+        n_keys = mean_visible_keys(seq_len, n_past, vq.window_len + 1)
+        n_early = max(0, min(seq_len, vq.window_len + 1 - n_past))  # queries that see no code
+        n_codes *= (seq_len - n_early) / seq_len
+    outputs = heads * d_value * (1 if vq.gate == "none" else 2)
+    projections = 2 * config.d_model * (heads * d_key + kv_heads * (d_key + d_value) + outputs)
+    bias = 0 if vq.position == "none" else 2 * heads * (vq.window_len + 1) * d_key
+    search = 2 * kv_heads * vq.codebook_size * d_key
+    return projections + bias + search + 2 * heads * (n_codes + n_keys) * (d_key + d_value)

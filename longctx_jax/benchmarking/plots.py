@@ -247,7 +247,7 @@ def draw_context_curves(rows: Records) -> Figure:
 
     Args:
         rows: of scripts.context: data, pattern, decay_kind, context_len, bits_per_byte,
-            train_seq_len.
+            train_seq_len; of models with quantised keys also vq_codebook_size, vq_use_table, gate.
 
     Raises:
         ValueError: if there are no rows.
@@ -280,4 +280,9 @@ def draw_context_curves(rows: Records) -> Figure:
 def _context_label(row: Mapping[str, Any]) -> str:
     kinds = list(dict.fromkeys(row["pattern"]))
     name = "-".join(row["pattern"]) if len(kinds) > 1 else kinds[0]
-    return f"{name} ({row['decay_kind']})" if row["decay_kind"] else name
+    told = [row["decay_kind"]] if row["decay_kind"] else []
+    if "vq_codebook_size" in row:  # without the table no codes are seen
+        told.append(f"{row['vq_codebook_size']} codes" if row["vq_use_table"] else "window only")
+        if row["gate"] != "none":
+            told.append("gated")
+    return f"{name} ({', '.join(told)})" if told else name

@@ -13,6 +13,8 @@ import json
 import os
 import pathlib
 import platform
+import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ MakeInputs = Callable[[Any], tuple]
 
 COMPILED_PLAN = "compiled plan: arguments + outputs - aliased + temporaries"
 MIN_RUNS = 3  # that a time limit must leave
+CPU_BYTES = 4 * 2**30  # that a compiled plan may hold on a CPU
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -193,6 +196,38 @@ def memory_fields(compiled: Any) -> Row:
     if "peak_bytes_in_use" in stats:
         row["device_peak_bytes"] = stats["peak_bytes_in_use"]
     return row
+
+
+def device_bytes() -> int:
+    """Returns how many bytes a compiled plan may hold: of the device, or a bound on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", CPU_BYTES)
+
+
+def without_paths(text: str) -> str:
+    """Returns the first line of a text, folders of paths left out: rows say nothing about homes."""
+    first = next(iter(text.strip().splitlines()), "")
+    return re.sub(r"(?<![\w.])(/[\w.+~-]+)+/", "", first)[:300]
+
+
+def command_line(script: str, arguments: Sequence[str]) -> str:
+    """Returns the command for rows, which say nothing about this machine's folders.
+
+    A path inside the working folder is relative to it; of any other its last name is left.
+    """
+    here = pathlib.Path.cwd().resolve()
+
+    def shorten(text: str) -> str:
+        if not text.startswith(("/", "..", "~")):
+            return text
+        path = pathlib.Path(text).expanduser().resolve()
+        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+    def shorten_argument(argument: str) -> str:
+        name, equals, value = argument.rpartition("=")
+        return name + equals + ",".join(map(shorten, value.split(",")))
+
+    return shlex.join(["python", "-m", script, *map(shorten_argument, arguments)])
 
 
 def environment(command: str) -> Row:

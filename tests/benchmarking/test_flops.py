@@ -53,6 +53,31 @@ def test_formula_counts_every_product_of_the_dense_forms(fields):
     assert BATCH * SEQ * per_token == dots_of(model)
 
 
+@pytest.mark.parametrize("gate", ["none", "silu"])
+@pytest.mark.parametrize("window_len, block_len", [(8, 8), (5, 6), (9, 4), (8, 0), (8, 24)])
+def test_formula_counts_every_product_of_quantised_attention(window_len, block_len, gate):
+    vq = {"codebook_size": 5, "window_len": window_len, "block_len": block_len, "gate": gate}
+    fields = {"name": "transformer_vq", "d_value": 12, "n_kv_heads": 1, "mlp": "none", "vq": vq}
+    model = build_model(SIZES | fields)
+    per_token = flops.forward_flops_per_token(model.config, SEQ, pairs="dense")
+    config = model.config
+    sinusoids = 2 * config.n_layers * config.d_model * config.d_key * (window_len + 1)
+    assert BATCH * SEQ * per_token + sinusoids == dots_of(model)
+
+
+def test_quantised_attention_sees_codes_once_a_token_has_left_the_window():
+    vq = {"codebook_size": 5, "window_len": 4}
+    config = build_model(SIZES | {"name": "transformer_vq", "vq": vq}).config
+    width = 2 * config.n_heads * (config.d_key + config.d_value)
+    tokens = [flops.vq_flops(config, 1, n_past=n) for n in range(9)]
+    assert [int(b - a) // width for a, b in zip(tokens, tokens[1:], strict=False)] == [
+        *(1, 1, 1, 1),  # the fifth token sees five keys
+        5,  # the sixth five keys and five codes
+        *(0, 0, 0),
+    ]
+    assert flops.vq_flops(config, 9) == pytest.approx(np.mean(tokens))
+
+
 def test_causal_half_is_the_only_difference_to_dense():
     config = build_model(SIZES).config
     dense = flops.forward_flops_per_token(config, SEQ, pairs="dense")

@@ -102,6 +102,28 @@ def test_context_figure_has_a_panel_a_text_and_a_line_a_model():
         plots.draw_context_curves([])
 
 
+def test_context_figure_tells_quantised_models_apart():
+    def row(pattern, length, **fields):
+        shared = {"data": "a", "pattern": [pattern], "decay_kind": "", "train_seq_len": 512}
+        return shared | {"context_len": length, "bits_per_byte": 2.0} | fields
+
+    def vq(size, use_table=True, gate="none"):
+        return {"vq_codebook_size": size, "vq_use_table": use_table, "gate": gate}
+
+    models = [vq(128), vq(512), vq(256, use_table=False), vq(512, gate="silu")]
+    rows = [row("softmax", n) for n in (512, 8192)]
+    rows += [row("vq", n, **model) for model in models for n in (512, 8192)]
+    (axes,) = plots.draw_context_curves(rows).axes
+    assert [line.get_label() for line in axes.lines][:-1] == [
+        "softmax",
+        "vq (128 codes)",
+        "vq (512 codes)",
+        "vq (window only)",
+        "vq (512 codes, gated)",
+    ]
+    assert all(list(line.get_xdata()) == [512, 8192] for line in axes.lines[:-1])
+
+
 def run_plot(*arguments):
     command = [sys.executable, "-m", "scripts.plot", *map(str, arguments)]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)

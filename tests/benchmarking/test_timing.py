@@ -136,3 +136,19 @@ def test_rows_are_appended_and_read_back(tmp_path):
     timing.write_rows(path, [{"name": "b"}, {"name": "c"}])
     assert [row["name"] for row in timing.read_rows(path)] == ["a", "b", "c"]
     assert np.isclose(timing.read_rows(path)[0]["median_ms"], 1.5)
+
+
+def test_commands_in_rows_name_no_folders_of_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    arguments = ["--suite=vq", f"--peers={tmp_path}/a/b,../c", "--out=runs/x.jsonl", str(tmp_path)]
+    arguments += [f"--out={tmp_path}/here/y", "--config.model.pattern=('vq',)"]
+    text = timing.command_line("scripts.benchmark", arguments)
+    assert text.startswith(
+        f"python -m scripts.benchmark --suite=vq --peers=b,c --out=runs/x.jsonl {tmp_path.name} "
+    )
+    assert "--out=y " in text and text.count("/") == 1
+
+
+def test_paths_are_left_out_of_errors():
+    assert timing.without_paths("OSError: /home/me/x.so: no\nmore") == "OSError: x.so: no"

@@ -20,7 +20,7 @@ def run_benchmark(*arguments, timeout=60):
     "arguments, text",
     [
         ([], "--suite is required"),
-        (["--suite=vq"], "train|decode|decay"),
+        (["--suite=qv"], "train|decode|decay|vq"),
         (["--suite=train", "--n_runs=0"], "n_runs"),
         (["--suite=train", "--config=configs/nope.py"], "configs/nope.py"),
     ],
@@ -38,18 +38,29 @@ def test_a_wrong_command_line_is_one_paragraph(arguments, text):
         ("--suite=train --parts=modles", "models, lengths, schedules"),
         ("--suite=decay --parts=models", "main, grid, float32, per_token, long"),
         ("--suite=train --lengths=1k", "numbers of tokens"),
-        ("--suite=decode --peers", "belong to --suite=decay"),
+        ("--suite=decode --peers=all", "got decode and all"),
+        ("--suite=decode --record", "belongs to --suite=decay"),
+        ("--suite=decay --peers=fla", "--peers must be among all in the suite decay: got fla"),
+        ("--suite=decay --heads=mha", "--heads must be among none in the suite decay: got mha"),
+        ("--suite=vq --parts=main", "layer, slope, codes, blocks, reductions, search, model"),
+        ("--suite=vq --heads=gqa", "--heads must be among shga, mqa, mha in the suite vq: got gqa"),
         ("--suite=decay --quick --record", "leave one of them out"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_a_usage_error(argument, text):
     done = run_benchmark(*argument.split())
     assert done.returncode == 2
-    assert text in done.stderr and "Traceback" not in done.stderr
+    assert text in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_no_checkout_is_named():
+    done = run_benchmark("--suite=vq", "--peers=no/such/folder")
+    assert done.returncode == 1 and "got no/such/folder" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["train", "decode", "decay"])
+@pytest.mark.parametrize("suite", ["train", "decode", "decay", "vq"])
 def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
     out = tmp_path / "new" / "rows.jsonl"
     done = run_benchmark(f"--suite={suite}", "--quick", "--n_runs=2", f"--out={out}", timeout=500)
