@@ -71,6 +71,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
             **result,
             "step": run.step,
             "train_seq_len": config.data.seq_len,
+            "train_carries_cache": bool(config.train.carry_cache),
             "train_tokens": run.step * config.data.seq_len * config.data.global_batch_size,
             "n_parameters": sum(x.size for x in jax.tree.leaves(run.variables["params"])),
         }

@@ -10,12 +10,13 @@ BASE = "configs/vq_quality.py"
 
 
 def get_sweep() -> Sweep:
-    """All on enwik8_4m, the main ones on pg19_mini; d_ff makes up for the positions' parameters."""
+    """All on enwik8_4m, also with training windows that start cold, the main ones on pg19_mini; d_ff makes up for the positions' parameters."""
     attention = zipped(vary("model.pattern", ("softmax",)), vary("model.d_ff", 352))
     sizes = vary("model.vq.codebook_size", 128, 256, 512, 1024)
     window = zipped(vary("model.vq.codebook_size", 256), vary("model.vq.use_table", False))
+    cold = zipped(vary("model.vq.codebook_size", 256), vary("train.carry_cache", False))
     main = chain(attention, vary("model.vq.codebook_size", 512), window)
     return chain(
-        product(vary("data.name", "enwik8_4m"), chain(attention, sizes, window)),
+        product(vary("data.name", "enwik8_4m"), chain(attention, sizes, window, cold)),
         product(vary("data.name", "pg19_mini"), main),
     )

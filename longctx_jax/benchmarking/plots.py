@@ -285,4 +285,6 @@ def _context_label(row: Mapping[str, Any]) -> str:
         told.append(f"{row['vq_codebook_size']} codes" if row["vq_use_table"] else "window only")
         if row["gate"] != "none":
             told.append("gated")
+    if not row.get("train_carries_cache", True):
+        told.append("trained in cold windows")
     return f"{name} ({', '.join(told)})" if told else name

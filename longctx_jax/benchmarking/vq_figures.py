@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 Rows = Sequence[Mapping[str, Any]]
 Panel = tuple[str, Callable[[Axes], None]]
@@ -42,6 +42,8 @@ def panels(rows: Rows) -> list[Panel]:
         return [r for r in rows if r.get("part") in parts and r.get("pass") in kinds]
 
     layer = [row for row in of("layer") if not _other(row).startswith(PEER)]
+    lengths = {row.get("seq_len") for row in layer}
+    layer += [row for row in of("slope") if row.get("seq_len", 0) not in lengths | {0}]
     published = [row for row in of("layer") if _other(row).startswith(PEER)]
     ours = [r for r in layer if r.get("head_type") == "shga" and r["name"] in OURS]
     ratios = [r for r in layer if r.get("form") == _ours(layer)]
@@ -125,6 +127,14 @@ def _decode_style(row: Mapping[str, Any]) -> dict[str, Any]:
     return _head_style(row) | {"linestyle": ":" if is_full else "-", "marker": "ov"[is_full]}
 
 
+def _length(n: int) -> str:
+    """Returns 8k for 8192."""
+    for unit, name in ((2**20, "M"), (2**10, "k")):
+        if n % unit == 0:
+            return f"{n // unit}{name}"
+    return str(n)
+
+
 def _lines(axes: Axes, rows: Rows, x: str, y: str, label: Callable, style: Callable) -> None:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -134,11 +144,15 @@ def _lines(axes: Axes, rows: Rows, x: str, y: str, label: Callable, style: Calla
         axes.plot(*zip(*points, strict=True), label=name, markersize=4, **style(members[0]))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    places = sorted({row[x] for row in rows})
+    axes.set_xticks(places, [_length(place) for place in places])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(LABELS[x])
     axes.set_ylabel(LABELS[y])
     if y in ("speed_ratio", "relative_time"):
         axes.axhline(1.0, color="0.7", linewidth=1, zorder=0)
+        axes.yaxis.set_minor_locator(LogLocator(subs="all"))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.legend(fontsize=7)

@@ -160,13 +160,11 @@ class _OldNumpy(types.ModuleType):
 
 def unsupported(peer: Peer, shape: Shape) -> str:
     """Returns why a layer cannot do a shape, "" if it might."""
-    if shape.seq % shape.block_len:
-        return f"its sequences are whole blocks: got {shape.seq} tokens of {shape.block_len} each"
+    if shape.seq % shape.window_len:
+        return f"its sequences are whole blocks: got {shape.seq} tokens of {shape.window_len} each"
     if peer.branch == "legacy":
         return "" if shape.head_type == "shga" else "its heads are all gated: shga only"
-    if shape.window_len != shape.block_len:
-        return f"its window is a block: got a window of {shape.window_len}"
-    if peer.kind != "vq_old" and shape.seq // shape.block_len < 3:
+    if peer.kind != "vq_old" and shape.seq // shape.window_len < 3:
         return "it needs three blocks at least"
     return ""
 
@@ -222,7 +220,7 @@ def _shared_fields(shape: Shape) -> dict[str, Any]:
         "dtype": jnp.dtype(shape.dtype),
         "global_batch_size": shape.batch,
         "sequence_len": shape.seq,
-        "block_len": shape.block_len,
+        "block_len": shape.window_len,
         "d_model": shape.d_model,
         "d_k": shape.d_key,
         "n_code": shape.n_codes,
@@ -263,9 +261,9 @@ def _legacy(checkout: Checkout, peer: Peer, shape: Shape):
     scanned = nn.scan(
         attention, variable_broadcast="params", split_rngs=_RNGS, in_axes=0, out_axes=0
     )(config)
-    n_blocks = shape.seq // shape.block_len
+    n_blocks = shape.seq // shape.window_len
     once = jnp.ones((n_blocks, 1), jnp.int32)
-    marks = jnp.ones((n_blocks, shape.batch, shape.block_len), jnp.int32)
+    marks = jnp.ones((n_blocks, shape.batch, shape.window_len), jnp.int32)
     spec = checkout.modules["vq"].VQSpec.create(
         n_device=once, n_block_per_update=n_blocks * once, loss_mask=marks
     )
@@ -276,7 +274,7 @@ def _legacy(checkout: Checkout, peer: Peer, shape: Shape):
         return scanned.apply({"params": params}, state, blocks)[1]
 
     def layout(x):
-        x = x.reshape(shape.batch, n_blocks, shape.block_len, -1)
+        x = x.reshape(shape.batch, n_blocks, shape.window_len, -1)
         return jnp.swapaxes(x, 0, 1).copy()
 
     return apply, layout, lambda y: jnp.swapaxes(y, 0, 1).reshape(shape.batch, shape.seq, -1)

@@ -322,11 +322,9 @@ def test_what_the_published_layers_cannot_do():
         "shga only": (scan, {"head_type": "mqa"}),
         "whole blocks": (scan, {"seq": 25}),
         "three blocks": (serial, {"seq": 16}),
-        "window is a block": (serial, {"window_len": 16}),
     }
     for text, (peer, fields) in changed.items():
         assert text in vq_peers.unsupported(peer, dataclasses.replace(TINY, **fields))
-    assert vq_peers.unsupported(scan, dataclasses.replace(TINY, window_len=16)) == ""
 
 
 def test_state_of_a_long_context_is_made_up_and_constant():
