@@ -10,7 +10,10 @@ BASE = "configs/vq_quality.py"
 
 
 def get_sweep() -> Sweep:
-    """All on enwik8_4m, also with training windows that start cold, the main ones on pg19_mini; d_ff makes up for the positions' parameters."""
+    """All on enwik8_4m, one also with cold training windows; the main ones on pg19_mini.
+
+    d_ff makes up for the positions' parameters.
+    """
     attention = zipped(vary("model.pattern", ("softmax",)), vary("model.d_ff", 352))
     sizes = vary("model.vq.codebook_size", 128, 256, 512, 1024)
     window = zipped(vary("model.vq.codebook_size", 256), vary("model.vq.use_table", False))

@@ -71,7 +71,7 @@ def setting(platform: str, limits: Limits) -> Setting:
         base = Shape("shga", 1, 0, 32, 16, 8, 16, 16, "float32")
         found = Setting(platform, base, (48,), (48, 96), 48, 1)
     elif platform == "cpu":
-        # 256 queries a block is what "auto" takes on a CPU; the published layers' blocks are windows.
+        # Blocks are those that are chosen on a CPU; the published layers' are their window.
         base = dataclasses.replace(base, d_model=256, block_len=256, dtype="float32")
         lengths = (1024, 4096, 16_384)
         found = Setting(platform, base, lengths, (4096, 16_384, 65_536), 4096, 1)
