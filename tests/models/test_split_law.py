@@ -27,7 +27,13 @@ FAST = ("gqa_relative", "sliding", "decay")  # their mixtures are slow to compil
 
 @pytest.fixture(
     scope="module",
-    params=[*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("mha", "mixed"))],
+    params=[
+        *FAST,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mha", "mixed", "vq", "vq_gated")
+        ),
+    ],
 )
 def model(request, model_fields):
     return build_model(model_fields(request.param))

@@ -427,6 +427,7 @@ def test_vq_aux_only_in_training():
     assert aux.statistics == {}
 
 
+@pytest.mark.slow
 def test_vq_position_dropout_needs_training():
     mixer = make_vq(position_dropout=0.5)
     x = jnp.float32(make_normal(0, 1, 5, D_MODEL))

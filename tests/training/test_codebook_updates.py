@@ -111,7 +111,7 @@ def test_metrics_of_the_codebook():
     assert 0 < metrics["vq_relative_error"] < 2 and metrics["vq_commitment"] > 0
 
 
-@pytest.mark.parametrize("n_microbatches", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_microbatches", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_gradient_accumulation_is_one_update(n_microbatches):
     model, tx, state = start()
     pieces, metrics = update(model, tx, state, make_batch(), n_microbatches=n_microbatches)
@@ -155,6 +155,7 @@ def test_segments_of_a_schedule_are_one_update():
     assert metrics == pytest.approx(whole_metrics, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fixed_codebook_stays():
     model, tx, state = start(model__vq__codebook_decay=1.0)
     before = jax.tree.map(np.array, state.model_state)
