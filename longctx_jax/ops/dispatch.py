@@ -6,6 +6,7 @@ environment.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,3 +80,33 @@ def _say_once(op: str, name: str, passed_over: list[str], facts: Any) -> None:
 def platform() -> str:
     """Returns the platform a computation traced now will run on: "cpu", "gpu" or "tpu"."""
     return jax.default_backend()
+
+
+def capability() -> str:
+    """Returns the compute capability of the first NVIDIA device, e.g. "9.0"; "" elsewhere."""
+    return str(getattr(jax.local_devices()[0], "compute_capability", ""))
+
+
+def leaf(module: str, function: str) -> Callable[..., Any]:
+    """Returns a function of a kernel file under `longctx_jax.ops`, imported when first called."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(f"longctx_jax.ops.{module}"), function)(
+            *args, **kwargs
+        )
+
+    return call
+
+
+def leaf_unsupported(module: str, function: str = "unsupported") -> Callable[[Any], str]:
+    """Returns the capability check of a kernel file, which is loaded on a GPU only."""
+
+    def check(facts: Any) -> str:
+        if facts.platform != "gpu":
+            return f"a GPU kernel, and jax runs on {facts.platform}"
+        try:
+            return leaf(module, function)(facts)
+        except ImportError as error:  # a backend that this jax no longer or not yet has
+            return f"this jax cannot load it: {error}"
+
+    return check

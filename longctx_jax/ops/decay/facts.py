@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from longctx_jax.ops.dispatch import platform
+from longctx_jax.ops.dispatch import capability, platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,5 +100,5 @@ def facts_of(
         is_per_token=len(log_decay.shape) == 3,
         for_training=for_training,
         matmul_precision=getattr(jax.config, "jax_default_matmul_precision", None) or "default",
-        capability=str(getattr(jax.local_devices()[0], "compute_capability", "")),
+        capability=capability(),
     )

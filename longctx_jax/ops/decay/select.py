@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import math
 import statistics
 from typing import Any
@@ -29,46 +28,22 @@ from longctx_jax.ops.decay import (
 from longctx_jax.ops.decay.facts import Facts, facts_of
 from longctx_jax.ops.decay.linear_vjp import share_heads
 from longctx_jax.ops.decay.powers import separate_resets
-from longctx_jax.ops.dispatch import Implementation, choose
+from longctx_jax.ops.dispatch import Implementation, choose, leaf, leaf_unsupported
 from longctx_jax.typing import Array, Bool, Float
 
 CHUNK_LEN = two_pass.CHUNK_LEN  # tokens
 
 
-def _leaf(module: str, function: str):
-    """Returns a function of a kernel file that is imported when first called."""
-
-    def call(*args, **kwargs):
-        loaded = importlib.import_module(f"longctx_jax.ops.decay.{module}")
-        return getattr(loaded, function)(*args, **kwargs)
-
-    return call
-
-
-def _unsupported(module: str):
-    """Returns the capability check of a kernel file, which is loaded on a GPU only."""
-
-    def check(facts: Facts) -> str:
-        if facts.platform != "gpu":
-            return f"a GPU kernel, and jax runs on {facts.platform}"
-        try:
-            return _leaf(module, "unsupported")(facts)
-        except ImportError as error:  # a backend that this jax no longer or not yet has
-            return f"this jax cannot load it: {error}"
-
-    return check
-
-
 IMPLEMENTATIONS = (
     Implementation(
         "pallas_triton",
-        _leaf("pallas_triton", "decay_attention_pallas_triton"),
-        unsupported=_unsupported("pallas_triton"),
+        leaf("decay.pallas_triton", "decay_attention_pallas_triton"),
+        unsupported=leaf_unsupported("decay.pallas_triton"),
     ),
     Implementation(
         "pallas_mosaic_gpu",
-        _leaf("pallas_mosaic_gpu", "decay_attention_pallas_mosaic_gpu"),
-        unsupported=_unsupported("pallas_mosaic_gpu"),
+        leaf("decay.pallas_mosaic_gpu", "decay_attention_pallas_mosaic_gpu"),
+        unsupported=leaf_unsupported("decay.pallas_mosaic_gpu"),
     ),
     Implementation("two_pass", two_pass.decay_attention_two_pass),
     Implementation("chunked", chunked.decay_attention_chunked),
@@ -84,7 +59,9 @@ IMPLEMENTATIONS = (
 STEPS = (
     Implementation("recurrent", recurrent.step),
     Implementation(
-        "pallas_triton", _leaf("pallas_triton", "step"), unsupported=_unsupported("pallas_triton")
+        "pallas_triton",
+        leaf("decay.pallas_triton", "step"),
+        unsupported=leaf_unsupported("decay.pallas_triton"),
     ),
 )
 CHUNKED = ("two_pass", "chunked", "block", "prefix", "recursion")  # take chunk_len

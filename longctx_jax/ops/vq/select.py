@@ -1,16 +1,22 @@
 """The front door of vector-quantised attention: checks arguments, chooses implementations."""
 
 import dataclasses
-import importlib
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from longctx_jax.ops.dispatch import Implementation, choose, platform
+from longctx_jax.ops.dispatch import (
+    Implementation,
+    capability,
+    choose,
+    leaf,
+    leaf_unsupported,
+    platform,
+)
 from longctx_jax.ops.vq import linear
 from longctx_jax.ops.vq.blocks import Rules, attend_blocks
 from longctx_jax.ops.vq.codebook import quantize, search_codes
@@ -54,32 +60,12 @@ class Facts:
     grad_through_cache: bool
 
 
-def _leaf(function: str):
-    """Returns a function of the kernel file, which is imported when first called."""
-
-    def call(*args, **kwargs):
-        return getattr(importlib.import_module("longctx_jax.ops.vq.pallas_triton"), function)(
-            *args, **kwargs
-        )
-
-    return call
-
-
-def _unsupported(function: str):
-    def check(facts: Any) -> str:
-        if facts.platform != "gpu":
-            return f"a GPU kernel, and jax runs on {facts.platform}"
-        try:
-            return _leaf(function)(facts)
-        except ImportError as error:  # a backend that this jax no longer has
-            return f"this jax cannot load it: {error}"
-
-    return check
-
-
+KERNELS = "vq.pallas_triton"
 ATTENTION = (
     Implementation(
-        "pallas_triton", _leaf("attend_blocks"), unsupported=_unsupported("attention_unsupported")
+        "pallas_triton",
+        leaf(KERNELS, "attend_blocks"),
+        unsupported=leaf_unsupported(KERNELS, "attention_unsupported"),
     ),
     Implementation("linear", attend_blocks),
     Implementation(
@@ -103,7 +89,9 @@ class SearchFacts:
 
 SEARCHES = (
     Implementation(
-        "pallas_triton", _leaf("search_codes"), unsupported=_unsupported("search_unsupported")
+        "pallas_triton",
+        leaf(KERNELS, "search_codes"),
+        unsupported=leaf_unsupported(KERNELS, "search_unsupported"),
     ),
     Implementation("xla", search_codes),
 )
@@ -136,7 +124,7 @@ def nearest_code(
     _require_codebook(vectors.shape[-2:], codebook.shape)
     facts = SearchFacts(
         platform=platform(),
-        capability=_capability(),
+        capability=capability(),
         dtype=str(vectors.dtype),
         n_vectors=math.prod(vectors.shape[:-2]),
         heads=vectors.shape[-2],
@@ -238,7 +226,7 @@ def vq_attention(
 
     facts = Facts(
         platform=platform(),
-        capability=_capability(),
+        capability=capability(),
         dtype=str(jnp.result_type(query, value)),
         batch=batch,
         seq=seq,
@@ -256,7 +244,9 @@ def vq_attention(
     chosen = choose("vq_attention", ATTENTION, implementation, facts)
     if reduction == "auto":
         reduction = "pallas_triton" if chosen.name == "pallas_triton" else "serial"
-    elif reduction == "pallas_triton" and (reason := _unsupported("tables_unsupported")(facts)):
+    elif reduction == "pallas_triton" and (
+        reason := leaf_unsupported(KERNELS, "tables_unsupported")(facts)
+    ):
         raise NotImplementedError(
             f"vq_attention: reduction 'pallas_triton' cannot run here: {reason}; choose another "
             "one or 'auto'"
@@ -284,10 +274,6 @@ def choose_block_len(window_len: int) -> int:
     """
     longest = LONGEST_BLOCK.get(platform(), LONGEST_BLOCK_ELSEWHERE)
     return min(longest, max(SHORTEST_BLOCK, window_len))
-
-
-def _capability() -> str:
-    return str(getattr(jax.local_devices()[0], "compute_capability", ""))
 
 
 def _require_codebook(vectors: tuple[int, ...], codebook: tuple[int, ...]) -> None:
