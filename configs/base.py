@@ -145,6 +145,7 @@ def train_config() -> ml_collections.ConfigDict:
     c.n_steps = 1_000  # parameter updates
     c.seed = 0  # of parameters, dropout and data order
     c.carry_cache = True  # stripes: hand each window's final cache (no gradient) to the next
+    c.cold_start_every = 0  # updates after which the carried cache starts empty again; 0 = never
     c.cache_len = 0  # tokens a full-attention cache keeps on a stream; 0 = data.seq_len
     c.n_microbatches = 1  # gradient accumulation within a step
     c.loss_chunk_len = 0  # tokens whose logits exist at once in the loss; 0 = all

@@ -7,8 +7,8 @@ this differs from the published code:
   matrix, which has no bias; weight decay acts on the matrices of the units alone;
 - what a unit adds starts smaller by the square root of the depth; embeddings are stored smaller by
   sqrt(768), and multiplied by that, so that the optimizer moves them faster;
-- the cache runs on along the text, in stripes, where theirs starts empty every 8192 bytes, in
-  shuffled order; masks of dropped sinusoids and units are drawn anew every update;
+- the sequences of 8192 bytes, each begun with an empty cache, follow one another in 128 stripes of
+  the text, where theirs come in shuffled order; masks of dropped sinusoids and units are drawn anew every update;
 - a key's gradient comes from the queries at most 512 tokens later, where theirs comes from its own
   and the next block of 512.
 
@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optim.clip_norm = 0.1
     config.optim.warmup_steps = 10_000
     config.train.n_steps = 125_000
+    config.train.cold_start_every = 4  # sequences of 8192 bytes
     config.train.loss_chunk_len = 512
     config.train.checkpoint_every = 1_000
     config.eval.every = 1_000

@@ -23,4 +23,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.name = "imagenet64"
     config.data.tokenizer = "delimited_bytes"
     config.data.seq_len = 1_536
+    config.train.cold_start_every = 0  # every image does
     return config

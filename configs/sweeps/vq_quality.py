@@ -10,7 +10,7 @@ BASE = "configs/vq_quality.py"
 
 
 def get_sweep() -> Sweep:
-    """All on enwik8_4m, one also with cold training windows; the main ones on pg19_mini.
+    """All on enwik8_4m, also with cold windows and sequences of 4; the main ones on pg19_mini.
 
     d_ff makes up for the positions' parameters.
     """
@@ -18,8 +18,9 @@ def get_sweep() -> Sweep:
     sizes = vary("model.vq.codebook_size", 128, 256, 512, 1024)
     window = zipped(vary("model.vq.codebook_size", 256), vary("model.vq.use_table", False))
     cold = zipped(vary("model.vq.codebook_size", 256), vary("train.carry_cache", False))
+    sequences = zipped(vary("model.vq.codebook_size", 256), vary("train.cold_start_every", 4))
     main = chain(attention, vary("model.vq.codebook_size", 512), window)
     return chain(
-        product(vary("data.name", "enwik8_4m"), chain(attention, sizes, window, cold)),
+        product(vary("data.name", "enwik8_4m"), chain(attention, sizes, window, cold, sequences)),
         product(vary("data.name", "pg19_mini"), main),
     )

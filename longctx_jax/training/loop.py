@@ -153,6 +153,8 @@ class _Run:
             n_microbatches=config.train.n_microbatches,
             loss_chunk_len=config.train.loss_chunk_len,
             ema_decay=config.train.ema_decay,
+            cold_start_every=config.train.cold_start_every,
+            cache_len=carried_cache_len(config),
         )
         batches = iter(make_iterator(self.data.dataset, self.step, config.data.n_workers))
         results: dict[str, float] = {}
@@ -185,8 +187,6 @@ class _Run:
 
     def _start(self) -> TrainState:
         train_config, data_config = self.config.train, self.config.data
-        is_carried = train_config.carry_cache and data_config.order == "stripes"
-        cache_len = (train_config.cache_len or data_config.seq_len) if is_carried else 0
 
         def fresh():
             return init_state(
@@ -194,7 +194,7 @@ class _Run:
                 self.tx,
                 seed=train_config.seed,
                 batch_size=data_config.global_batch_size,
-                cache_len=cache_len,
+                cache_len=carried_cache_len(self.config),
                 use_ema=bool(train_config.ema_decay),
             )
 
@@ -370,12 +370,24 @@ def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
     )
 
 
+def carried_cache_len(config: Any) -> int:
+    """Returns the tokens that full attention keeps from window to window; 0 = nothing is carried."""
+    if not config.train.carry_cache or config.data.order != "stripes":
+        return 0
+    return config.train.cache_len or config.data.seq_len
+
+
 def _check(config: Any) -> None:
     for field in ("n_steps", "checkpoint_every", "n_microbatches"):
         if config.train[field] < 1:
             raise ValueError(
                 f"config.train.{field} must be at least 1: got {config.train[field]}; set it higher"
             )
+    if config.train.cold_start_every < 0:
+        raise ValueError(
+            "config.train.cold_start_every must not be negative: got "
+            f"{config.train.cold_start_every}; 0 is never"
+        )
     if config.log.every < 1:
         raise ValueError(f"config.log.every must be at least 1: got {config.log.every}; use 20")
     batch, micro = config.data.global_batch_size, config.train.n_microbatches

@@ -30,6 +30,8 @@ def make_train_step(
     n_microbatches: int = 1,
     loss_chunk_len: int = 0,
     ema_decay: float = 0.0,
+    cold_start_every: int = 0,
+    cache_len: int = 0,
 ) -> TrainStep:
     """Returns the compiled update (state, batch) -> (state, metrics); the old state is donated.
 
@@ -37,6 +39,9 @@ def make_train_step(
         n_microbatches: pieces the rows of a batch are processed in, one after another.
         loss_chunk_len: tokens whose logits exist at once; 0 = all of a micro-batch.
         ema_decay: of the average of the weights, 0 = off.
+        cold_start_every: updates between two at which a carried cache starts empty; 0 = it never
+            does again.
+        cache_len: tokens, of the empty cache that takes its place.
 
     Returns:
         A function whose metrics are scalars: loss (nats a token), grad_norm, and one entry an
@@ -69,6 +74,10 @@ def make_train_step(
     def gradients(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
         cache = state.cache if isinstance(state.cache, ModelCache) else None
+        if cache is not None and cold_start_every:
+            empty = model.init_cache(batch["tokens"].shape[0], cache_len)
+            is_start = state.step % cold_start_every == 0
+            cache = jax.tree.map(lambda new, old: jnp.where(is_start, new, old), empty, cache)
 
         def one(batch, cache, index):
             micro_key = jax.random.fold_in(key, index)

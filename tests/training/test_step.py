@@ -85,6 +85,22 @@ def test_without_a_carried_cache_every_window_starts_cold():
     assert metrics[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_carried_cache_starts_empty_every_so_many_updates():
+    options = {"cold_start_every": 2, "cache_len": 2 * SEQ}
+    model, tx, state = start(learning_rate=0.0, cache_len=2 * SEQ)
+    variables = jax.tree.map(jnp.copy, state.variables)
+    _, metrics = run(model, tx, state, n=4, **options)
+    windows = list(batches(4))
+    for first in (0, 2):
+        tokens = np.concatenate([windows[first]["tokens"], windows[first + 1]["tokens"]], axis=1)
+        logits = model.apply(variables, tokens).logits
+        for i in range(2):
+            batch, part = windows[first + i], logits[:, i * SEQ : (i + 1) * SEQ]
+            nll = token_nll(part, jnp.asarray(batch["targets"]))
+            expected = float(jnp.sum(nll * batch["weights"]) / np.sum(batch["weights"]))
+            assert metrics[first + i]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_average_of_the_weights_lags_behind():
     model, tx, state = start(use_ema=True)
     first = jax.tree.map(np.asarray, state.params)
