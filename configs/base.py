@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def model_config() -> ml_collections.ConfigDict:
     """The model: sizes shared by all schemes, then one sub-config a mixer."""
     c = ml_collections.ConfigDict()
-    c.name = "transformer"  # transformer | transformer_vq | decay
+    c.name = "transformer"  # transformer | transformer_vq | decay | recurrent_memory
     c.pattern = ()  # repeating mixers, e.g. ("decay", "decay", "sliding"); () = the model's own
     c.n_layers = 6  # blocks; a multiple of the pattern's length
     c.d_model = 256  # width of the residual stream
@@ -32,8 +32,10 @@ def model_config() -> ml_collections.ConfigDict:
     c.n_kv_heads = 0  # key/value heads: 1 = MQA, 0 = n_heads (MHA)
     c.d_key = 0  # key width a head; 0 = d_model / n_heads
     c.d_value = 0  # value width a head; 0 = d_key
-    c.mlp = "swiglu"  # swiglu | gelu | relu2 | none (blocks of a mixer alone)
-    c.d_ff = 0  # MLP width; 0 = 8/3 d_model (swiglu) or 4 d_model (others), up to a multiple of 32
+    # swiglu | gelu | relu2 | rwkv (RWKV's channel mix, which has a state) | none (blocks of a mixer)
+    c.mlp = "swiglu"
+    # MLP width; 0 = 8/3 d_model (swiglu), 3.5 (rwkv) or 4 (others), up to a multiple of 32
+    c.d_ff = 0
     c.norm = "rms"  # rms | layer
     c.vocab_size = 256  # token ids are 0 .. vocab_size-1: 256 for bytes, 257 for delimited_bytes
     c.tie_embeddings = True  # output matrix = input embedding
@@ -97,6 +99,40 @@ def model_config() -> ml_collections.ConfigDict:
     c.vq.reseed_below = 0.0  # tokens an update: codes used less are replaced; 0 = never
     c.vq.implementation = "auto"  # auto | pallas_triton | linear | quadratic
     c.vq.search = "auto"  # of the nearest code: auto | pallas_triton | xla
+
+    c.rwkv = ml_collections.ConfigDict()
+    c.rwkv.version = 6  # 4 (a weighted average a channel) | 6 (a matrix a head)
+    c.rwkv.head_len = 0  # 6: key and value width a head; 0 = n_heads heads of d_key and d_value
+    c.rwkv.shift_rank = 32  # 6: of the token-dependent part of the shift
+    c.rwkv.decay_rank = 64  # 6: of the token-dependent part of the decay
+    c.rwkv.chunk_len = 32  # tokens a chunk of the chunked forms
+    c.rwkv.implementation = "auto"  # auto | chunked | recurrent
+
+    c.mamba = ml_collections.ConfigDict()
+    c.mamba.version = 2  # 1 (selective scan) | 2 (state-space duality)
+    c.mamba.d_state = 0  # numbers a channel (1) or key width a head (2); 0 = 16 (1) or 64 (2)
+    c.mamba.expand = 2  # channels / d_model
+    c.mamba.conv_len = 4  # tokens that the convolution mixes; 1 = the current one alone
+    c.mamba.head_len = 64  # 2: channels a head
+    c.mamba.n_groups = 1  # 2: of heads that share input and output weights
+    c.mamba.step_rank = 0  # 1: of the projection to the step sizes; 0 = d_model / 16, rounded up
+    c.mamba.chunk_len = 64  # tokens a chunk of the forms that have chunks
+    # 1: auto | serial | chunked | recurrent; 2: as decay.implementation
+    c.mamba.implementation = "auto"
+
+    c.memory = ml_collections.ConfigDict()
+    # armt: a matrix a layer | layerwise: tokens a layer | rmt: tokens through the whole model
+    c.memory.kind = "armt"
+    c.memory.segment_len = 256  # tokens a segment: what attention sees; memory carries the rest
+    c.memory.n_memory_tokens = 16  # that write at a segment's end (and read at its start)
+    c.memory.mixer = "softmax"  # inside the segment: any mixer
+    c.memory.bptt_segments = 0  # segments a gradient goes back at most; 0 = the training window
+    c.memory.d_memory = 64  # armt: width of keys and queries of the matrix
+    c.memory.nu = 3  # armt: order of its feature map; 2 nu d_memory features
+    c.memory.n_heads = 1  # armt: matrices a layer
+    c.memory.correction = True  # armt: count a key in the normaliser only as far as it is new
+    c.memory.use_denominator = True  # armt: recall weighted means; False = sums
+    c.memory.normalize = False  # armt: features of length 1
     return c
 
 
@@ -146,6 +182,10 @@ def train_config() -> ml_collections.ConfigDict:
     c.seed = 0  # of parameters, dropout and data order
     c.carry_cache = True  # stripes: hand each window's final cache (no gradient) to the next
     c.cold_start_every = 0  # updates after which the carried cache starts empty again; 0 = never
+    # Rows of data.seq_len tokens cut into shorter ones early on: from step curriculum_starts[i] on,
+    # rows have curriculum_lens[i] tokens, and there are as many more of them; () = off
+    c.curriculum_starts = ()
+    c.curriculum_lens = ()
     c.cache_len = 0  # tokens a full-attention cache keeps on a stream; 0 = data.seq_len
     c.n_microbatches = 1  # gradient accumulation within a step
     c.loss_chunk_len = 0  # tokens whose logits exist at once in the loss; 0 = all

@@ -6,18 +6,19 @@ one call. A training window, a prefill segment and a decode step differ only in 
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.models import recurrence
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.stack import (
-    STATEFUL,
     apply_stack,
     call_module,
     describe_stack_state,
+    has_state,
     init_stack,
     init_stack_cache,
     update_stack_state,
@@ -35,6 +36,7 @@ class ModelCache:
     layers: tuple[PyTree, ...]  # one stacked cache a pattern position, leaves [layers, batch, ...]
     last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
     document: jax.Array  # int32 [batch], number of the document the last token belongs to
+    segment: Any = ()  # SegmentCache of recurrent memory
 
 
 class DecoderOutput(NamedTuple):
@@ -76,7 +78,23 @@ class Decoder:
             "stack": stack,
             "norm": self._norm.init(embed_key, hidden)["params"],
         }
+        if self.config.recurrence != "none":
+            memory_key = jax.random.fold_in(stack_key, 2**31 - 1)
+            params["memory"] = recurrence.init_recurrence(self.config, memory_key)
         return {"params": params, "model_state": {"stack": state} if state else {}}
+
+    @property
+    def backbone(self) -> "Decoder | None":
+        """The model without its recurrent memory; None if it has none."""
+        if self.config.recurrence == "none":
+            return None
+        return Decoder(recurrence.backbone_config(self.config))
+
+    def add_memory(
+        self, fresh: dict[str, PyTree], backbone: dict[str, PyTree]
+    ) -> dict[str, PyTree]:
+        """Returns variables of `backbone`, with the memory of this model's `fresh` variables."""
+        return recurrence.add_memory(self.config, fresh, backbone)
 
     def update_model_state(self, model_state: PyTree, aux: tuple[Aux, ...], key: PRNGKey) -> PyTree:
         """Returns the non-gradient state after an update: codebooks moved by what `aux` counted.
@@ -111,10 +129,16 @@ class Decoder:
                 f"a cache needs at least one row and one token: got batch_size={batch_size}, "
                 f"max_len={max_len}; pass positive sizes"
             )
+        segment: Any = ()
+        if self.config.recurrence == "none":
+            layers = init_stack_cache(self.config, batch_size, max_len)
+        else:
+            layers, segment = recurrence.init_state(self.config, batch_size, max_len)
         return ModelCache(
-            layers=init_stack_cache(self.config, batch_size, max_len),
+            layers=layers,
             last_segment_id=jnp.full((batch_size,), -1, jnp.int32),
             document=jnp.zeros((batch_size,), jnp.int32),
+            segment=segment,
         )
 
     def apply(
@@ -180,18 +204,28 @@ class Decoder:
             x = self._drop_embedding(x, jax.random.fold_in(key, 0))
             key = jax.random.fold_in(key, 1)
         state = variables.get("model_state") or {"stack": {}}
-        if not state["stack"] and STATEFUL & set(self.config.pattern):
+        if not state["stack"] and has_state(self.config):
             raise ValueError(
-                f"variables of a model with {sorted(STATEFUL & set(self.config.pattern))} layers "
-                f"need model_state: got {sorted(variables)}; pass all that `init` returned"
+                f"variables of a model with layers {self.config.pattern} need model_state: got "
+                f"{sorted(variables)}; pass all that `init` returned"
             )
-        stack = (params["stack"], state["stack"])
-        x, layers, aux = apply_stack(
-            self.config, *stack, x, documents, layers, key=key, train=train
-        )
-        x = call_module(self._norm, params["norm"], x)
+        norm = functools.partial(call_module, self._norm, params["norm"])
+        segment: Any = ()
+        if self.config.recurrence == "none":
+            stack = (params["stack"], state["stack"])
+            x, layers, aux = apply_stack(
+                self.config, *stack, x, documents, layers, key=key, train=train
+            )
+            x = norm(x)
+        else:
+            before = None if layers is None else recurrence.State(layers, cache.segment)
+            parts = {"stack": params["stack"], "state": state["stack"], "memory": params["memory"]}
+            x, after, aux = recurrence.apply_recurrence(
+                self.config, parts, x, documents, before, norm=norm, key=key, train=train
+            )
+            layers, segment = (None, ()) if after is None else after
         if layers is not None:
-            cache = ModelCache(layers=layers, last_segment_id=last_id, document=document)
+            cache = ModelCache(layers, last_segment_id=last_id, document=document, segment=segment)
         return HiddenOutput(x, cache, aux)
 
     def unembedding(self, variables: dict[str, PyTree]) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from longctx_jax.models.schedules import SCHEDULES
-from longctx_jax.nn import attention, decay_attention, vq_attention
+from longctx_jax.nn import attention, decay_attention, mamba, rwkv, vq_attention
 from longctx_jax.nn.mlp import MLPS
 from longctx_jax.nn.norms import NORMS
 from longctx_jax.ops.vq.codebook import SMOOTHINGS, STARTS
@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "dots", "full")
 
 
-def require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+def require_one_of(field: str, value: str | int, allowed: tuple[str | int, ...]) -> None:
     """Raises ValueError unless config.model.<field> is one of the allowed values."""
     if value not in allowed:
         raise ValueError(
@@ -155,6 +155,77 @@ class VQConfig:
             )
 
 
+RECURRENCES = ("armt", "rmt", "layerwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """`config.model.memory`."""
+
+    kind: str = "armt"
+    segment_len: int = 256
+    n_memory_tokens: int = 16
+    mixer: str = "softmax"
+    bptt_segments: int = 0
+    d_memory: int = 64
+    nu: int = 3
+    n_heads: int = 1
+    correction: bool = True
+    use_denominator: bool = True
+    normalize: bool = False
+
+    def __post_init__(self):
+        require_one_of("memory.kind", self.kind, RECURRENCES)
+        for field in ("segment_len", "n_memory_tokens", "d_memory", "nu", "n_heads"):
+            require_positive(f"memory.{field}", getattr(self, field))
+        require_not_negative("memory.bptt_segments", self.bptt_segments)
+        if self.d_memory % self.n_heads:
+            raise ValueError(
+                f"config.model.memory.n_heads must divide memory.d_memory: got {self.n_heads} and "
+                f"{self.d_memory}; use {nearest_divisor(self.d_memory, self.n_heads)} heads"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKVConfig:
+    """`config.model.rwkv`."""
+
+    version: int = 6
+    head_len: int = 0
+    shift_rank: int = 32
+    decay_rank: int = 64
+    chunk_len: int = 32
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        require_one_of("rwkv.version", self.version, rwkv.VERSIONS)
+        require_not_negative("rwkv.head_len", self.head_len)
+        for field in ("shift_rank", "decay_rank", "chunk_len"):
+            require_positive(f"rwkv.{field}", getattr(self, field))
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """`config.model.mamba`."""
+
+    version: int = 2
+    d_state: int = 0
+    expand: int = 2
+    conv_len: int = 4
+    head_len: int = 64
+    n_groups: int = 1
+    step_rank: int = 0
+    chunk_len: int = 64
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        require_one_of("mamba.version", self.version, mamba.VERSIONS)
+        for field in ("expand", "conv_len", "head_len", "n_groups", "chunk_len"):
+            require_positive(f"mamba.{field}", getattr(self, field))
+        for field in ("d_state", "step_rank"):
+            require_not_negative(f"mamba.{field}", getattr(self, field))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """`config.model`, field by field (units and meanings in configs/base.py).
@@ -191,6 +262,9 @@ class ModelConfig:
     sliding: SlidingConfig = SlidingConfig()
     decay: DecayConfig = DecayConfig()
     vq: VQConfig = VQConfig()
+    rwkv: RWKVConfig = RWKVConfig()
+    mamba: MambaConfig = MambaConfig()
+    memory: MemoryConfig = MemoryConfig()
 
     def __post_init__(self):
         for field in ("n_layers", "d_model", "n_heads", "vocab_size", "n_ramp_buckets", "unroll"):
@@ -205,6 +279,58 @@ class ModelConfig:
         for field in ("dropout", "embed_dropout", "layer_drop"):
             require_probability(field, getattr(self, field))
         self._derive_widths()
+        self._require_heads()
+        if self.recurrence != "none":
+            self._require_memory()
+
+    def _require_memory(self):
+        if self.segment_len not in (0, self.memory.segment_len):
+            raise ValueError(
+                "config.model.segment_len of a recurrent memory is its memory.segment_len, "
+                f"{self.memory.segment_len}: got {self.segment_len}; leave it at 0"
+            )
+        if self.recurrence == "rmt" and self.schedule == "diagonal":
+            raise ValueError(
+                "config.model.schedule cannot be 'diagonal' with memory.kind='rmt': its memory "
+                "passes through all layers before the next segment begins; use 'sequential', or "
+                "memory.kind 'armt' or 'layerwise'"
+            )
+        if self.recurrence != "armt" and "armt" in self.pattern:
+            raise ValueError(
+                f"config.model.pattern cannot hold 'armt' with memory.kind={self.recurrence!r}: "
+                "set memory.kind='armt' or leave it out"
+            )
+        if self.d_model % self.memory.n_heads:
+            raise ValueError(
+                "config.model.memory.n_heads must divide d_model: got "
+                f"{self.memory.n_heads} and {self.d_model}; use "
+                f"{nearest_divisor(self.d_model, self.memory.n_heads)}"
+            )
+
+    def _require_heads(self):
+        """Raises ValueError unless the heads of the recurrent mixers in use divide their widths."""
+        mixers = (*self.pattern, self.memory.mixer)
+        head_len = self.rwkv.head_len
+        if "rwkv" in mixers and self.rwkv.version == 6 and head_len and self.d_model % head_len:
+            raise ValueError(
+                f"config.model.rwkv.head_len must divide d_model: got head_len={head_len}, "
+                f"d_model={self.d_model}; use {nearest_divisor(self.d_model, head_len)}, or 0 for "
+                "config.model.n_heads heads"
+            )
+        if "mamba" in mixers and self.mamba.version == 2:
+            width, head_len = self.mamba.expand * self.d_model, self.mamba.head_len
+            if width % head_len:
+                raise ValueError(
+                    "config.model.mamba.head_len must divide expand * d_model: got "
+                    f"head_len={head_len}, {self.mamba.expand} * {self.d_model}; use "
+                    f"{nearest_divisor(width, head_len)}"
+                )
+            if width // head_len % self.mamba.n_groups:
+                raise ValueError(
+                    "config.model.mamba.n_groups must divide the heads, expand * d_model / "
+                    f"head_len: got n_groups={self.mamba.n_groups}, {width // head_len} heads; use "
+                    f"{nearest_divisor(width // head_len, self.mamba.n_groups)}"
+                )
 
     def _derive_widths(self):
         def fill(field, value):
@@ -227,8 +353,15 @@ class ModelConfig:
                 f"n_heads={self.n_heads}; "
                 f"use n_kv_heads={nearest_divisor(self.n_heads, self.n_kv_heads)}"
             )
-        wide = 4 * self.d_model if self.mlp in ("gelu", "relu2") else 8 * self.d_model / 3
-        fill("d_ff", -(-int(wide) // 32) * 32)
+        factor = {"gelu": 4, "relu2": 4, "rwkv": 3.5}.get(self.mlp, 8 / 3)
+        fill("d_ff", -(-int(factor * self.d_model) // 32) * 32)
+
+    @property
+    def recurrence(self) -> str:
+        """Which memory goes from segment to segment: "armt", "rmt", "layerwise" or "none"."""
+        if self.name == "recurrent_memory":
+            return self.memory.kind
+        return "armt" if "armt" in self.pattern else "none"
 
     @property
     def is_random(self) -> bool:
@@ -261,6 +394,9 @@ def model_config(fields: Any) -> ModelConfig:
         "sliding": SlidingConfig,
         "decay": DecayConfig,
         "vq": VQConfig,
+        "rwkv": RWKVConfig,
+        "mamba": MambaConfig,
+        "memory": MemoryConfig,
     }
     if isinstance(fields, ModelConfig):
         return fields

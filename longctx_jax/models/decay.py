@@ -2,9 +2,9 @@
 
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.stack import MIXERS
+from longctx_jax.models.stack import KINDS
 
 
 def build(config: ModelConfig) -> Decoder:
     """Returns the decoder whose pattern defaults to decay attention in every layer."""
-    return Decoder(config.with_pattern(("decay",), tuple(MIXERS)))
+    return Decoder(config.with_pattern(("decay",), KINDS))

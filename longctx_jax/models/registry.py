@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from longctx_jax.models import decay, transformer, transformer_vq
+from longctx_jax.models import decay, recurrent_memory, transformer, transformer_vq
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import model_config, require_one_of
 
@@ -10,6 +10,7 @@ MODELS = {
     "transformer": transformer.build,
     "transformer_vq": transformer_vq.build,
     "decay": decay.build,
+    "recurrent_memory": recurrent_memory.build,
 }
 
 

@@ -19,6 +19,8 @@ from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.decay_attention import DecayAttention
+from longctx_jax.nn.mamba import Mamba
+from longctx_jax.nn.rwkv import RWKVTimeMix
 from longctx_jax.nn.vq_attention import VQAttention
 from longctx_jax.typing import PRNGKey, PyTree
 
@@ -75,15 +77,53 @@ def _vq_mixer(config: ModelConfig) -> VQAttention:
     )
 
 
+def _rwkv_mixer(config: ModelConfig) -> RWKVTimeMix:
+    head_len = config.rwkv.head_len
+    return RWKVTimeMix(
+        version=config.rwkv.version,
+        n_heads=config.d_model // head_len if head_len else config.n_heads,
+        d_key=head_len or config.d_key,
+        d_value=head_len or config.d_value,
+        n_layers=config.n_layers,
+        shift_rank=config.rwkv.shift_rank,
+        decay_rank=config.rwkv.decay_rank,
+        chunk_len=config.rwkv.chunk_len,
+        d_model=config.d_model,
+        implementation=config.rwkv.implementation,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+
+
+def _mamba_mixer(config: ModelConfig) -> Mamba:
+    mamba = config.mamba
+    return Mamba(
+        version=mamba.version,
+        d_inner=mamba.expand * config.d_model,
+        d_state=mamba.d_state or (16 if mamba.version == 1 else 64),
+        head_len=mamba.head_len,
+        n_groups=mamba.n_groups,
+        step_rank=mamba.step_rank or -(-config.d_model // 16),
+        conv_len=mamba.conv_len,
+        chunk_len=mamba.chunk_len,
+        implementation=mamba.implementation,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+
+
 MIXERS = {
     "softmax": lambda config: _softmax_mixer(config, 0, config.softmax),
     "sliding": lambda config: _softmax_mixer(config, config.sliding.window_len, config.sliding),
     "decay": _decay_mixer,
     "vq": _vq_mixer,
+    "rwkv": _rwkv_mixer,
+    "mamba": _mamba_mixer,
 }
 
 
 STATEFUL = {"vq"}  # mixers with non-gradient state
+KINDS = (*MIXERS, "armt")  # of layers: "armt" is a block around memory.mixer, with a memory
 
 
 def call_module(
@@ -104,7 +144,7 @@ def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
     """Returns one block a pattern position."""
     return tuple(
         Block(
-            mixer=MIXERS[kind](config),
+            mixer=MIXERS[mixer_kind(config, kind)](config),
             mlp=config.mlp,
             d_ff=config.d_ff,
             norm=config.norm,
@@ -112,9 +152,21 @@ def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
             layer_drop=config.layer_drop,
             dtype=config.dtype,
             output_scale=output_scale(config),
+            n_layers=config.n_layers,
+            d_model=config.d_model,
         )
         for kind in config.pattern
     )
+
+
+def mixer_kind(config: ModelConfig, kind: str) -> str:
+    """Returns the mixer inside a layer of this kind."""
+    return config.memory.mixer if kind == "armt" else kind
+
+
+def has_state(config: ModelConfig) -> bool:
+    """Returns whether the model has non-gradient state."""
+    return bool(STATEFUL & {mixer_kind(config, kind) for kind in config.pattern})
 
 
 def layer_names(config: ModelConfig) -> list[str]:
@@ -251,6 +303,11 @@ def _make_cell(config: ModelConfig, block: Block, train: bool):
         )
         return (y, documents), cache, aux
 
+    return rematerialize(config, cell)
+
+
+def rematerialize(config: ModelConfig, cell):
+    """Returns the cell, recomputed in the backward pass as config.model.remat says."""
     if config.remat == "none":
         return cell
     policies = jax.checkpoint_policies

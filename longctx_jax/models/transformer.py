@@ -6,9 +6,9 @@ Source: Vaswani et al. (2017); Touvron et al. (2023) for RMSNorm, SwiGLU and rot
 
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.stack import MIXERS
+from longctx_jax.models.stack import KINDS
 
 
 def build(config: ModelConfig) -> Decoder:
     """Returns the decoder whose pattern defaults to softmax attention in every layer."""
-    return Decoder(config.with_pattern(("softmax",), tuple(MIXERS)))
+    return Decoder(config.with_pattern(("softmax",), KINDS))

@@ -9,9 +9,9 @@ Source: Lingle (2023), arXiv 2309.16354.
 
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.stack import MIXERS
+from longctx_jax.models.stack import KINDS
 
 
 def build(config: ModelConfig) -> Decoder:
     """Returns the decoder whose pattern defaults to vector-quantised attention in every layer."""
-    return Decoder(config.with_pattern(("vq",), tuple(MIXERS)))
+    return Decoder(config.with_pattern(("vq",), KINDS))

@@ -23,9 +23,11 @@ import jax
 from absl import logging
 
 from longctx_jax.data import make_iterator
+from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.ops.losses import NATS_PER_BIT
 from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
+from longctx_jax.training.curriculum import check_curriculum, cut_rows, row_len
 from longctx_jax.training.metrics import METRICS_FILE, CompositeWriter, make_writer, read_records
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import TrainState, init_state
@@ -161,7 +163,7 @@ class _Run:
         self.window.restart()
         while self.step < n_steps and not stop.signal_name:
             self._profile(self.step)
-            batch = next(batches)
+            batch = cut_rows(next(batches), row_len(config, self.step))
             self.state, metrics = train_step(self.state, batch)
             self._report()
             self.step += 1
@@ -204,7 +206,7 @@ class _Run:
             return restored.state
         state = fresh()
         if train_config.init_from:
-            state = _with_weights_of(train_config.init_from, state)
+            state = _with_weights_of(train_config.init_from, self.model, state)
         return state
 
     def _report(self) -> None:
@@ -344,17 +346,25 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
-    """Returns the state with another run's newest weights, averaged ones where it keeps them."""
+def _with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainState:
+    """Returns the state with another run's newest weights, averaged ones where it keeps them.
+
+    A model with recurrent memory also takes those of a run without: its memory starts fresh.
+    """
     path = pathlib.Path(workdir) / CONFIG_FILE
     if not (path.is_file() and has_checkpoints(pathlib.Path(workdir))):
         raise FileNotFoundError(
             f"config.train.init_from must be the folder of a run with a checkpoint: {workdir} has "
             "none; name another folder, or train that run first"
         )
-    has_ema = json.loads(path.read_text())["train"]["ema_decay"] > 0
-    field = "ema" if has_ema else "params"
-    template = {field: state.params, "model_state": state.model_state}
+    given = json.loads(path.read_text())
+    field = "ema" if given["train"]["ema_decay"] > 0 else "params"
+    variables = {"params": state.params, "model_state": state.model_state}
+    backbone = None
+    if model.backbone is not None and build_model(given["model"]).backbone is None:
+        backbone = jax.eval_shape(model.backbone.init, jax.random.key(0))
+    wanted = variables if backbone is None else backbone
+    template = {field: wanted["params"], "model_state": wanted["model_state"]}
     try:
         restored = Checkpointer(workdir, is_read_only=True).restore_latest(template)
     except (ValueError, CheckpointError) as error:
@@ -362,16 +372,16 @@ def _with_weights_of(workdir: str, state: TrainState) -> TrainState:
             f"config.train.init_from must be a whole run of the same model: {workdir}: {error}"
         ) from error
     assert restored is not None
-    params = restored.state[field]
     logging.info("weights=%s from=%s step=%d", field, workdir, restored.step)
-    ema = jax.tree.map(lambda x: x.copy(), params) if state.ema else {}
-    return dataclasses.replace(
-        state, params=params, ema=ema, model_state=restored.state["model_state"]
-    )
+    taken = {"params": restored.state[field], "model_state": restored.state["model_state"]}
+    if backbone is not None:
+        taken = model.add_memory(variables, taken)
+    ema = jax.tree.map(lambda x: x.copy(), taken["params"]) if state.ema else {}
+    return dataclasses.replace(state, ema=ema, **taken)
 
 
 def carried_cache_len(config: Any) -> int:
-    """Returns the tokens that full attention keeps from window to window; 0 = nothing is carried."""
+    """Returns the tokens that attention keeps from window to window; 0 = nothing is carried."""
     if not config.train.carry_cache or config.data.order != "stripes":
         return 0
     return config.train.cache_len or config.data.seq_len
@@ -388,6 +398,7 @@ def _check(config: Any) -> None:
             "config.train.cold_start_every must not be negative: got "
             f"{config.train.cold_start_every}; 0 is never"
         )
+    check_curriculum(config)
     if config.log.every < 1:
         raise ValueError(f"config.log.every must be at least 1: got {config.log.every}; use 20")
     batch, micro = config.data.global_batch_size, config.train.n_microbatches

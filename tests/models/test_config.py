@@ -49,7 +49,8 @@ MISTAKES = [
     ),
     (
         {"name": "rnn"},
-        "config.model.name must be one of ['transformer', 'transformer_vq', 'decay']: got 'rnn'",
+        "config.model.name must be one of ['transformer', 'transformer_vq', 'decay', "
+        "'recurrent_memory']: got 'rnn'",
     ),
     ({"pattern": ("decay", "conv")}, "config.model.pattern must be one of"),
     (

@@ -188,6 +188,25 @@ def test_init_from_takes_the_averaged_weights(undisturbed, tmp_path, splits):
         np.testing.assert_array_equal(a, b)
 
 
+def test_memory_goes_around_trained_weights(undisturbed, tmp_path, splits):
+    fields = {
+        "train__init_from": str(undisturbed),
+        "train__n_steps": 1,
+        "optim__learning_rate": 0.0,
+        "model__name": "recurrent_memory",
+        "model__memory__segment_len": 8,
+    }
+    run(tmp_path, splits, **fields)
+    _, theirs = state_of(undisturbed, **OPTIONS)
+    _, mine = state_of(tmp_path, **fields)
+    assert set(mine.params) == {*theirs.ema, "memory"}
+    taken = {**mine.params, "stack": {"0_softmax": mine.params["stack"]["0_armt"]}}
+    for name, part in theirs.ema.items():
+        for a, b in zip(jax.tree.leaves(taken[name]), jax.tree.leaves(part), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not np.any(mine.params["memory"]["layers"]["0_armt"]["value"]["kernel"])
+
+
 def test_init_from_another_model_names_the_field(undisturbed, tmp_path, splits):
     fields = {"train__init_from": str(undisturbed), "model__d_model": 32}
     with pytest.raises(ValueError, match="config.train.init_from.*embed/table"):

@@ -1,0 +1,395 @@
+"""Segment-recurrent stacks: cuts a call into segments, runs them, and keeps the unfinished one.
+
+Segments are segment_len tokens of the stream, whatever the calls: a call that starts and ends
+anywhere gives the same logits. Three ways through a call, chosen by where the stream stands:
+
+    at a segment's start       whole segments under config.model.schedule, then the first tokens
+                               of the next one
+    within one segment         its tokens at once, and its end if they reach it
+    anything else              token by token: exact for every mixer, and slow. Calls of whole
+                               segments, or of single tokens, never get here.
+
+RMT's memory is the stack's output, so its segments run one after another; "armt" and "layerwise"
+keep theirs in the layers, and run under every schedule.
+
+Source: Bulatov et al. (2022), arXiv 2207.06881; Rodkin et al. (2024), arXiv 2407.04841.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.memory_cells import (
+    LayerCache,
+    MemoryLayer,
+    Rows,
+    TokenCache,
+    document_tokens,
+    one_document,
+    surround,
+)
+from longctx_jax.models.schedules import run_stack
+from longctx_jax.models.stack import (
+    layer_names,
+    layer_places,
+    make_blocks,
+    mixer_kind,
+    rematerialize,
+)
+from longctx_jax.nn.contract import Aux, Documents
+from longctx_jax.nn.memory import EMPTY
+from longctx_jax.typing import PRNGKey, PyTree
+
+
+@flax.struct.dataclass
+class SegmentCache:
+    """Where the stream stands in its segment, and RMT's memory."""
+
+    position: jax.Array  # int32 [batch], tokens of the unfinished segment; the same in all rows
+    memory: Any  # TokenCache; () unless the kind is "rmt"
+
+
+class State(NamedTuple):
+    """What goes from call to call."""
+
+    layers: tuple[LayerCache, ...]  # one a pattern position, leaves [layers, batch, ...]
+    segment: SegmentCache
+
+
+def make_layers(config: ModelConfig, train: bool = False) -> tuple[MemoryLayer, ...]:
+    """Returns one layer a pattern position."""
+    pairs = zip(config.pattern, make_blocks(config), strict=True)
+    return tuple(MemoryLayer(config, kind, block, train) for kind, block in pairs)
+
+
+def init_recurrence(config: ModelConfig, key: PRNGKey) -> PyTree:
+    """Returns the parameters beside those of the stack: {"layers", and "tokens" of the model}.
+
+    Memory tokens start like embeddings that enter the stack.
+    """
+    layers = {}
+    for p, (name, layer) in enumerate(zip(layer_names(config), make_layers(config), strict=True)):
+        position_key = jax.random.fold_in(key, p)
+        keys = jax.random.split(position_key, config.n_layers // len(config.pattern))
+        layers[name] = jax.vmap(layer.init_params)(keys)
+    params: dict[str, PyTree] = {"layers": layers}
+    if config.recurrence != "layerwise":
+        scale = config.d_model**-0.5 if config.tie_embeddings else 1.0
+        shape = (config.memory.n_memory_tokens, config.d_model)
+        params["tokens"] = scale * jax.random.normal(jax.random.fold_in(key, 2**31 - 1), shape)
+    return params
+
+
+def backbone_config(config: ModelConfig) -> ModelConfig:
+    """Returns the config of the model without its memory."""
+    pattern = tuple(mixer_kind(config, kind) for kind in config.pattern)
+    return dataclasses.replace(config, name="transformer", pattern=pattern)
+
+
+def add_memory(
+    config: ModelConfig, fresh: dict[str, PyTree], backbone: dict[str, PyTree]
+) -> dict[str, PyTree]:
+    """Returns the variables of a backbone with the memory of `fresh` around them.
+
+    An ARMT's memory starts without any effect (W_v = 0), so the result computes, within a segment,
+    what the backbone computed.
+
+    Args:
+        fresh: variables of the model with memory.
+        backbone: variables of the model that `backbone_config` describes.
+    """
+    names = zip(layer_names(backbone_config(config)), layer_names(config), strict=True)
+    names = dict(names)
+
+    def rename(tree):
+        return {names[name]: layer for name, layer in tree.items()}
+
+    params = backbone["params"]
+    params = {**params, "stack": rename(params["stack"]), "memory": fresh["params"]["memory"]}
+    state = backbone["model_state"]
+    state = {"stack": rename(state["stack"])} if state else {}
+    return {"params": params, "model_state": state}
+
+
+def init_state(config: ModelConfig, batch_size: int, max_len: int) -> State:
+    """Returns the state before the first token."""
+    repeats = config.n_layers // len(config.pattern)
+
+    def stacked(layer: MemoryLayer) -> LayerCache:
+        inner = layer.init_inner(batch_size, max_len)
+        cache = LayerCache(inner, layer.init_memory(batch_size))
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), cache)
+
+    memory: Any = ()
+    if config.recurrence == "rmt":
+        shape = (batch_size, config.memory.n_memory_tokens, config.d_model)
+        none = jnp.full((batch_size,), EMPTY, jnp.int32)
+        memory = TokenCache(jnp.zeros(shape, config.dtype), none)
+    position = jnp.zeros((batch_size,), jnp.int32)
+    return State(tuple(map(stacked, make_layers(config))), SegmentCache(position, memory))
+
+
+def apply_recurrence(
+    config: ModelConfig,
+    params: dict[str, PyTree],
+    x: jax.Array,
+    documents: Documents | None,
+    state: State | None,
+    *,
+    norm: Callable[[jax.Array], jax.Array],
+    key: PRNGKey | None,
+    train: bool,
+) -> tuple[jax.Array, State | None, Aux]:
+    """Runs the stack over [batch, seq, d_model] and returns its output, normed.
+
+    Args:
+        params: {"stack", "state", "memory"} as made by `init_stack` and `init_recurrence`.
+        state: None = nothing came before, and nothing is wanted back.
+        norm: after the last layer; RMT's memory passes through it too.
+    """
+    if documents is None:
+        documents = Documents(jnp.zeros(x.shape[:2], jnp.int32), None)
+    run = _Run(config, params, norm, key, make_layers(config, train))
+    seq, segment_len = x.shape[1], config.memory.segment_len
+    if state is None:
+        return run.without_state(x, documents)
+    position = state.segment.position[0]
+    if seq == 1:
+        return run.within_segment(x, documents, state)
+    if seq < segment_len:
+        is_simple, simple = position + seq <= segment_len, run.within_segment
+    else:
+        is_simple, simple = position == 0, run.from_segment_start
+    return jax.lax.cond(is_simple, simple, run.token_by_token, x, documents, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One call: what all ways through it share."""
+
+    config: ModelConfig
+    params: dict[str, PyTree]
+    norm: Callable[[jax.Array], jax.Array]
+    key: PRNGKey | None
+    layers: tuple[MemoryLayer, ...]
+
+    def without_state(self, x, documents):
+        """Whole segments, then the rest in one cell that keeps nothing."""
+        batch, seq = x.shape[:2]
+        state = init_state(self.config, batch, seq)
+        segment_len = self.config.memory.segment_len
+        # Nobody reads what the end of a lone segment would write.
+        n_whole = seq // segment_len if seq > segment_len else 0
+        y, state, aux = x[:, :0], state, None
+        if n_whole:
+            y, state, aux = self._whole_segments(x, documents, state, n_whole)
+        if seq > n_whole * segment_len:
+            x, documents = _after(n_whole * segment_len, x, documents)
+            n_before = 0
+            if self.config.recurrence == "rmt":
+                memory = self._model_tokens(state, documents.index[:, 0])
+                n_before = memory.shape[1]
+                x = jnp.concatenate([memory, x], axis=1)
+                documents = surround(documents, n_before, 0)
+            rows = Rows(x, (), documents, jnp.int32(n_whole))
+            caches = self._without_inner(state.layers)
+            rows, _, more = self._one("unfinished", rows, caches, n_whole)
+            tail = self.norm(rows.tokens)[:, n_before:]
+            y = jnp.concatenate([y.astype(tail.dtype), tail], axis=1)
+            aux = more if aux is None else _add(aux, more)
+        return y, None, aux
+
+    def from_segment_start(self, x, documents, state: State):
+        """Whole segments, then the first tokens of the next one."""
+        n_whole = x.shape[1] // self.config.memory.segment_len
+        y, state, aux = self._whole_segments(x, documents, state, n_whole)
+        n_done = n_whole * self.config.memory.segment_len
+        if n_done < x.shape[1]:
+            tail, state, more = self.within_segment(*_after(n_done, x, documents), state)
+            y, aux = jnp.concatenate([y, tail], axis=1), _add(aux, more)
+        return y, state, aux
+
+    def within_segment(self, x, documents, state: State):
+        """Tokens of one segment: its beginning, or its end, included."""
+        config, position = self.config, state.segment.position
+        auxes = []
+        if config.recurrence != "armt":  # memory tokens in front of the first token
+            is_first = position[0] == 0
+            opened, aux = _when(is_first, lambda s: self._open(documents, s), state)
+            state = opened
+            auxes.append(aux)
+            if documents.reset is not None:  # the memory in front resets what there is to reset
+                reset = documents.reset.at[:, 0].set(documents.reset[:, 0] & ~is_first)
+                documents = documents._replace(reset=reset)
+        rows = Rows(x, (), documents, jnp.int32(0))
+        rows, layers, aux = self._one("extend", rows, state.layers)
+        auxes.append(aux)
+        position = position + x.shape[1]
+        state = State(layers, state.segment.replace(position=position))
+        is_last = position[0] == config.memory.segment_len
+        state, aux = _when(is_last, lambda s: self._close(documents, s), state)
+        auxes.append(aux)
+        total = auxes[0]
+        for aux in auxes[1:]:
+            total = _add(total, aux)
+        return self.norm(rows.tokens), state, total
+
+    def token_by_token(self, x, documents, state: State):
+        """Any tokens, one after another."""
+
+        def step(state, inputs):
+            token, one = inputs
+            one = jax.tree.map(lambda leaf: leaf[:, None], one)
+            y, state, aux = self.within_segment(token[:, None], one, state)
+            return state, (y[:, 0], aux)
+
+        inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (x, documents))
+        state, (y, aux) = jax.lax.scan(step, state, inputs)
+        return jnp.moveaxis(y, 0, 1), state, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
+
+    def _whole_segments(self, x, documents, state: State, n: int):
+        length = self.config.memory.segment_len
+        batch = x.shape[0]
+
+        def cut(leaf):  # [batch, seq, ...] -> [n, batch, length, ...]
+            leaf = leaf[:, : n * length]
+            return jnp.moveaxis(leaf.reshape(batch, n, length, *leaf.shape[2:]), 1, 0)
+
+        tokens, documents = jax.tree.map(cut, (x, documents))
+        segments = jnp.arange(n, dtype=jnp.int32)
+        caches = self._without_inner(state.layers)
+        memory = state.segment.memory
+        if self.config.recurrence == "rmt":
+            y, memory, aux = self._rmt_segments(tokens, documents, segments, caches, state)
+        else:
+            rows = Rows(tokens, self._travelling(n, batch), documents, segments)
+            rows, caches, aux = self._run("whole", rows, caches)
+            y = self.norm(rows.tokens)
+        fresh = init_state(self.config, batch, 1)
+        layers = tuple(
+            new._replace(inner=empty.inner) if layer.is_local else new
+            for layer, new, empty in zip(self.layers, caches, fresh.layers, strict=True)
+        )
+        y = jnp.moveaxis(y, 0, 1).reshape(batch, n * length, -1)
+        return y, State(layers, SegmentCache(state.segment.position, memory)), aux
+
+    def _rmt_segments(self, tokens, documents, segments, caches, state: State):
+        """Runs segments [memory; tokens; memory] one after another."""
+        n_memory, every = self.config.memory.n_memory_tokens, self.config.memory.bptt_segments
+
+        def step(memory, inputs):
+            x, documents, segment = inputs
+            if every:
+                kept = jax.lax.stop_gradient(memory.tokens)
+                kept = jnp.where(segment % every == 0, kept, memory.tokens)
+                memory = memory.replace(tokens=kept)
+            here = State(state.layers, state.segment.replace(memory=memory))
+            first, last = documents.index[:, 0], documents.index[:, -1]
+            before, after = self._model_tokens(here, first), self._model_tokens(here, last)
+            x = jnp.concatenate([before, x, after], axis=1)
+            rows = Rows(x, (), surround(documents, n_memory, n_memory), segment)
+            rows, _, aux = self._one("unfinished", rows, caches, segment)
+            y = self.norm(rows.tokens)
+            return TokenCache(y[:, -n_memory:], last), (y[:, n_memory:-n_memory], aux)
+
+        memory, (y, aux) = jax.lax.scan(step, state.segment.memory, (tokens, documents, segments))
+        return y, memory, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
+
+    def _open(self, documents: Documents, state: State):
+        first = documents.index[:, 0]
+        if self.config.recurrence == "layerwise":
+            x = jnp.zeros((first.shape[0], 1, self.config.d_model), self.config.dtype)
+            rows = Rows(x, (), one_document(first, 1), jnp.int32(0))
+            _, layers, aux = self._one("open", rows, state.layers)
+            return State(layers, state.segment), aux
+        memory = TokenCache(self._model_tokens(state, first), first)
+        documents = one_document(first, memory.tokens.shape[1])
+        rows = Rows(memory.tokens, (), documents, jnp.int32(0))
+        _, layers, aux = self._one("extend", rows, state.layers)
+        return State(layers, state.segment.replace(memory=memory)), aux
+
+    def _close(self, documents: Documents, state: State):
+        last = documents.index[:, -1]
+        batch, n_memory = last.shape[0], self.config.memory.n_memory_tokens
+        if self.config.recurrence == "layerwise":
+            tokens = jnp.zeros((batch, 1, self.config.d_model), self.config.dtype)
+        elif self.config.recurrence == "rmt":
+            tokens = self._model_tokens(state, last)
+        else:
+            tokens = self._travelling(1, batch)[0]
+        documents = one_document(last, tokens.shape[1])
+        rows = Rows(tokens, (), documents, jnp.int32(0))
+        rows, layers, aux = self._one("close", rows, state.layers)
+        memory = state.segment.memory
+        if self.config.recurrence == "rmt":
+            memory = TokenCache(self.norm(rows.tokens[:, -n_memory:]), last)
+        position = jnp.zeros_like(state.segment.position)
+        return State(layers, SegmentCache(position, memory)), aux
+
+    def _travelling(self, n: int, batch: int):
+        """ARMT's memory tokens for n segments; () where none travel."""
+        if "tokens" not in self.params["memory"]:
+            return ()
+        start = self.params["memory"]["tokens"].astype(self.config.dtype)
+        return jnp.broadcast_to(start, (n, batch, *start.shape))
+
+    def _model_tokens(self, state: State, document: jax.Array) -> jax.Array:
+        """RMT's memory tokens as a document sees them."""
+        start = self.params["memory"]["tokens"].astype(self.config.dtype)
+        return document_tokens(state.segment.memory, document, start)
+
+    def _without_inner(self, caches):
+        """The caches that whole segments need: a local block starts empty each time."""
+        pairs = zip(self.layers, caches, strict=True)
+        return tuple(c._replace(inner=()) if layer.is_local else c for layer, c in pairs)
+
+    def _run(self, cell: str, rows: Rows, caches, first_segment: Any = 0):
+        """Runs one of the cells in all layers over stacked rows."""
+        config = self.config
+        places = map(jnp.asarray, layer_places(config))
+        stack, state, memory = (self.params[part] for part in ("stack", "state", "memory"))
+        stacked = tuple(
+            ((stack[name], state.get(name), at), memory["layers"][name])
+            for name, at in zip(layer_names(config), places, strict=True)
+        )
+        return run_stack(
+            tuple(rematerialize(config, getattr(layer, cell)) for layer in self.layers),
+            stacked,
+            rows,
+            caches,
+            schedule=config.schedule,
+            key=self.key,
+            first_segment=first_segment,
+            n_ramp_buckets=config.n_ramp_buckets,
+            unroll=config.unroll,
+        )
+
+    def _one(self, cell: str, rows: Rows, caches, first_segment: Any = 0):
+        """`_run` for one segment."""
+        rows = jax.tree.map(lambda leaf: leaf[None], rows)
+        rows, caches, aux = self._run(cell, rows, caches, first_segment)
+        return jax.tree.map(lambda leaf: leaf[0], rows), caches, aux
+
+
+def _after(start: int, *trees):
+    """The tokens from `start` on, of leaves [batch, seq, ...]."""
+    return jax.tree.map(lambda leaf: leaf[:, start:], trees)
+
+
+def _when(condition, function, state):
+    """Returns function(state) if the condition holds, else (state, aux of zeros)."""
+    shapes = jax.eval_shape(function, state)[1]
+
+    def skip(state):
+        return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return jax.lax.cond(condition, function, skip, state)
+
+
+def _add(left, right):
+    return jax.tree.map(jnp.add, left, right)

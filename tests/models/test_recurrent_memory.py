@@ -1,0 +1,288 @@
+"""Recurrent memory against its definition: loops over segments and layers, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longctx_jax.models import build_model
+from longctx_jax.models.memory_cells import surround
+from longctx_jax.models.recurrence import make_layers
+from longctx_jax.models.stack import call_module
+from longctx_jax.nn.contract import Documents
+from longctx_jax.nn.norms import make_norm
+from longctx_jax.ops.memory import reference
+from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
+
+BATCH, SEQ, SEGMENT, N_MEMORY = 2, 14, 4, 2
+TOKENS = np.random.default_rng(0).integers(0, 11, (BATCH, SEQ), np.int32)
+# Documents that start at a segment's start, inside one, and twice in one.
+DOCUMENTS = np.array([[0] * 4 + [1] * 5 + [2] * 5, [3] * 2 + [4] * 7 + [5] + [6] * 4], np.int32)
+MEMORY = {"segment_len": SEGMENT, "n_memory_tokens": N_MEMORY, "d_memory": 4}
+MODELS = {
+    "armt": {},
+    "layerwise": {"kind": "layerwise"},
+    "rmt": {"kind": "rmt"},
+    "mixed": {"n_heads": 2},  # ARMT layers among others, which run on from segment to segment
+}
+
+
+@functools.cache
+def make(name, **changes):
+    """Returns the tiny float64 model, and variables in which every memory is at work."""
+    fields = {"n_layers": 2, "d_model": 8, "n_heads": 2, "vocab_size": 11, "d_ff": 8}
+    fields |= {"sliding": {"window_len": 5}, "vq": {"codebook_size": 3, "window_len": 3}}
+    if name == "mixed":
+        fields |= {"pattern": ("armt", "sliding")}
+    memory = {**MEMORY, **MODELS[name]}
+    memory |= {key: changes.pop(key) for key in tuple(changes) if key in ("bptt_segments", "mixer")}
+    fields |= {"name": "recurrent_memory", "dtype": "float64", "memory": memory}
+    model = build_model({**fields, **changes})
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))
+    arrays = [make_normal(i, *leaf.shape, scale=0.4) for i, leaf in enumerate(leaves)]
+    return model, jax.tree.unflatten(tree, arrays)
+
+
+def definition(model, variables, tokens):
+    """Returns logits of one row of tokens: segments outside, layers inside, no schedule."""
+    config, params = model.config, variables["params"]
+    memory = config.memory
+    rows = [jax.tree.map(lambda a, r=r: a[r], params["stack"]) for r in range(config.n_layers)]
+    extra = [
+        jax.tree.map(lambda a, r=r: a[r], params["memory"]["layers"])
+        for r in range(config.n_layers)
+    ]
+    (name,) = params["stack"]
+    (block,) = (layer.block for layer in make_layers(config))
+    embedded = params["embed"]["table"][tokens]
+    n_features = 2 * memory.nu * memory.d_memory
+    matrix = [np.zeros((n_features, config.d_model)) for _ in rows]
+    normalizer = [np.zeros(n_features) for _ in rows]
+    own = [layer[name].get("tokens") for layer in extra]
+    carried = params["memory"].get("tokens")
+    out = []
+    for s, start in enumerate(range(0, len(tokens), SEGMENT)):
+        x = embedded[start : start + SEGMENT]
+        n = len(x)
+        if memory.kind == "armt":
+            x = np.concatenate([x, params["memory"]["tokens"]])
+        elif memory.kind == "rmt":
+            x = np.concatenate([carried, x, carried])
+        for layer in range(len(rows)):
+            weights = extra[layer][name]
+            if memory.kind == "layerwise":
+                x = np.concatenate([own[layer], x, own[layer]])
+            if memory.kind == "armt" and s > 0:
+                queries = x @ weights["query"]["kernel"]
+                recalled = [
+                    reference.read(reference.dpfp(q, memory.nu), matrix[layer], normalizer[layer])
+                    for q in queries
+                ]
+                x = x + np.stack(recalled)
+            x = np.asarray(call_module(block, rows[layer][name], x[None], None)[0][0])
+            if memory.kind == "layerwise":
+                own[layer], x = x[-N_MEMORY:], x[N_MEMORY:-N_MEMORY]
+            if memory.kind == "armt":
+                written = x[-N_MEMORY:]
+                features = [
+                    reference.dpfp(k, memory.nu) for k in written @ weights["key"]["kernel"]
+                ]
+                logits = written @ weights["beta"]["kernel"] + weights["beta"]["bias"]
+                matrix[layer], normalizer[layer], _ = reference.write(
+                    np.stack(features),
+                    written @ weights["value"]["kernel"],
+                    1 / (1 + np.exp(-logits[:, 0])),
+                    matrix[layer],
+                    normalizer[layer],
+                    is_empty=s == 0,
+                )
+        x = np.asarray(call_module(make_norm(config.norm, config.dtype), params["norm"], x))
+        if memory.kind == "rmt":
+            carried, x = x[-N_MEMORY:], x[N_MEMORY:]
+        out.append(x[:n])
+    return np.concatenate(out) @ params["embed"]["table"].T
+
+
+@in_float64
+@pytest.mark.parametrize("name", ("armt", "layerwise", "rmt"))
+def test_logits_equal_the_definition(name):
+    model, variables = make(name)
+    logits = model.apply(variables, TOKENS).logits
+    for row in range(BATCH):
+        assert_close(logits[row], definition(model, variables, TOKENS[row]), rel_rms=1e-12)
+
+
+@functools.cache
+def one_call(name, has_documents, **changes):
+    model, variables = make(name, **changes)
+    documents = DOCUMENTS if has_documents else None
+    return np.asarray(model.apply(variables, TOKENS, segment_ids=documents).logits)
+
+
+def in_calls(model, variables, lengths, documents):
+    cache, start, logits = model.init_cache(BATCH, SEQ), 0, []
+    for length in lengths:
+        here = slice(start, start + length)
+        ids = None if documents is None else documents[:, here]
+        out = model.apply(variables, TOKENS[:, here], cache, segment_ids=ids)
+        cache, start = out.cache, start + length
+        logits.append(out.logits)
+    return np.concatenate(logits, axis=1), cache
+
+
+SPLITS = ((1,) * SEQ, (2, 2, 2, 8), (3, 5, 6), (8, 6))
+FAST = ("armt", "rmt")
+
+
+@in_float64
+@pytest.mark.parametrize("has_documents", (pytest.param(False, marks=pytest.mark.slow), True))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "armt" else pytest.mark.slow) for n in MODELS]
+)
+def test_any_split_is_the_one_call(name, has_documents):
+    model, variables = make(name)
+    expected = one_call(name, has_documents)
+    caches = []
+    for lengths in SPLITS:
+        documents = DOCUMENTS if has_documents else None
+        logits, cache = in_calls(model, variables, lengths, documents)
+        assert_close(logits, expected, rel_rms=1e-12)
+        caches.append(cache.segment)
+    assert np.all(caches[0].position == SEQ % SEGMENT)
+    assert_trees_close(caches[-1], caches[0], rel_rms=1e-12)
+
+
+@in_float64
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ("vq", "sliding"))
+@pytest.mark.parametrize("name", ("armt", "rmt"))
+def test_any_mixer_goes_inside(name, mixer):
+    model, variables = make(name, mixer=mixer)
+    logits, _ = in_calls(model, variables, (3, 5, 6), DOCUMENTS)
+    assert_close(logits, one_call(name, True, mixer=mixer), rel_rms=1e-12)
+
+
+@in_float64
+@pytest.mark.parametrize("name", ("armt",))
+def test_documents_see_nothing_before_them(name):
+    model, variables = make(name)
+    expected = one_call(name, True)
+    changed = TOKENS.copy()
+    changed[0, :4] = (changed[0, :4] + 1) % 11  # the first document of row 0
+    changed[1, 9] = (changed[1, 9] + 1) % 11  # a document of one token, inside a segment
+    logits = np.asarray(model.apply(variables, changed, segment_ids=DOCUMENTS).logits)
+    np.testing.assert_array_equal(logits[0, 4:], expected[0, 4:])
+    np.testing.assert_array_equal(logits[1, :9], expected[1, :9])
+    np.testing.assert_array_equal(logits[1, 10:], expected[1, 10:])
+    # Without documents, the memory carries the change all the way.
+    free = np.asarray(model.apply(variables, changed).logits)
+    assert np.all(np.abs(free - one_call(name, False)).max(-1)[0, 4:] > 1e-9)
+
+
+def run_schedule(name, schedule, n_layers, n_tokens):
+    """Returns loss, gradients and cache of calls with this schedule."""
+    model, variables = make(name, schedule=schedule, n_layers=n_layers, n_ramp_buckets=2)
+    cache = model.init_cache(BATCH, SEQ)
+    weights = make_normal(9, BATCH, n_tokens, 11)
+
+    @jax.jit
+    def loss(params):
+        out = model.apply({**variables, "params": params}, TOKENS[:, :n_tokens], cache)
+        return jnp.sum(out.logits * weights), (out.cache, out.logits)
+
+    (_, (cache, logits)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    return logits, cache, grads
+
+
+@in_float64
+def test_the_diagonal_is_the_sequence():
+    """Forward only; gradients and caches below."""
+    expected = one_call("armt", False, schedule="sequential", n_layers=3)
+    assert_close(one_call("armt", False, schedule="diagonal", n_layers=3), expected, rel_rms=1e-12)
+
+
+@in_float64
+@pytest.mark.parametrize(
+    ("name", "n_layers", "n_tokens"),
+    [
+        pytest.param("armt", 3, 12, marks=pytest.mark.slow),
+        pytest.param("armt", 4, 8, marks=pytest.mark.slow),
+        pytest.param("layerwise", 3, 14, marks=pytest.mark.slow),
+        pytest.param("mixed", 4, 14, marks=pytest.mark.slow),
+    ],
+)
+def test_schedules_agree(name, n_layers, n_tokens):
+    expected = run_schedule(name, "sequential", n_layers, n_tokens)
+    for schedule in ("diagonal", "layerwise"):
+        logits, cache, grads = run_schedule(name, schedule, n_layers, n_tokens)
+        assert_close(logits, expected[0], rel_rms=1e-12)
+        assert_trees_close(cache, expected[1], rel_rms=1e-12)
+        assert_trees_close(grads, expected[2], rel_rms=1e-11)
+
+
+def reach(name, every):
+    """Returns by segment, whether the last segment's output has a gradient to its tokens."""
+    model, variables = make(name, bptt_segments=every, vocab_size=3 * SEGMENT)
+    tokens = np.arange(3 * SEGMENT)[None]
+    weights = make_normal(3, SEGMENT, 8)
+
+    def last(embed):
+        params = {**variables["params"], "embed": embed}
+        hidden = model.hidden({**variables, "params": params}, tokens).hidden
+        return jnp.sum(hidden[0, -SEGMENT:] * weights)
+
+    grads = jax.grad(last)(variables["params"]["embed"])["table"]
+    return [bool(np.any(part)) for part in np.split(np.asarray(grads), 3)]
+
+
+@in_float64
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_truncation_truncates(name):
+    assert reach(name, 0) == [True, True, True]
+    assert reach(name, 1) == [False, False, True]
+    assert reach(name, 2) == [False, False, True]  # cut in front of segments 0 and 2
+    assert reach(name, 3) == [True, True, True]
+
+
+@in_float64
+def test_a_fresh_memory_leaves_the_backbone_alone():
+    model, _ = make("armt")
+    variables = model.init(jax.random.key(0))
+    backbone = build_model(
+        {"n_layers": 2, "d_model": 8, "n_heads": 2, "vocab_size": 11, "d_ff": 8, "dtype": "float64"}
+    )
+    stack = {"0_softmax": variables["params"]["stack"]["0_armt"]}
+    params = {**variables["params"], "stack": stack}
+    del params["memory"]
+    logits = model.apply(variables, TOKENS).logits
+    for start in range(0, SEQ, SEGMENT):
+        here = slice(start, start + SEGMENT)
+        expected = backbone.apply({"params": params}, TOKENS[:, here]).logits
+        assert_close(logits[:, here], expected, rel_rms=1e-6)  # parameters are float32
+
+
+MISTAKES = [
+    ({"schedule": "diagonal", "memory": {"kind": "rmt"}}, "memory.kind='rmt'"),
+    ({"segment_len": 8}, "memory.segment_len"),
+    ({"memory": {"kind": "lstm"}}, "memory.kind must be one of"),
+    ({"memory": {"segment_len": 0}}, "memory.segment_len must be positive"),
+    ({"memory": {"mixer": "armt"}}, "memory.mixer must be one of"),
+    ({"memory": {"n_heads": 3}}, "memory.n_heads must divide memory.d_memory"),
+    ({"memory": {"kind": "rmt"}, "pattern": ("armt",)}, "cannot hold 'armt'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_mistakes_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build_model({"name": "recurrent_memory", "d_model": 64, **fields})
+
+
+def test_documents_around_a_segment():
+    documents = Documents(jnp.array([[3, 3, 4]]), jnp.array([[True, False, True]]))
+    around = surround(documents, 2, 1)
+    np.testing.assert_array_equal(around.index, [[3, 3, 3, 3, 4, 4]])
+    np.testing.assert_array_equal(around.reset, [[False, False, False, False, True, False]])
