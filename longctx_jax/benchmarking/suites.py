@@ -20,7 +20,7 @@ from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig, model_config
-from longctx_jax.models.schedules import diagonal_cells
+from longctx_jax.models.diagonal import diagonal_cells
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import init_state
 from longctx_jax.training.step import make_train_step

@@ -367,6 +367,7 @@ class _Run:
             first_segment=first_segment,
             n_ramp_buckets=config.n_ramp_buckets,
             unroll=config.unroll,
+            layer_axis=config.layer_axis,
         )
 
     def _one(self, cell: str, rows: Rows, caches, first_segment: Any = 0):

@@ -12,16 +12,15 @@ of P cells; then parameters and caches are sequences of P pytrees with a leading
 layer l = r P + p uses row r of position p).
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.models.diagonal import diagonal, pipeline
+from longctx_jax.models.grid import Cell, Grid, add, leading_axis, zero_aux
 from longctx_jax.typing import PRNGKey, PyTree
 
-Cell = Callable[..., tuple[PyTree, PyTree, PyTree]]
 SCHEDULES = ("layerwise", "sequential", "diagonal")
 
 
@@ -36,6 +35,7 @@ def run_stack(
     first_segment: int = 0,
     n_ramp_buckets: int = 4,
     unroll: int = 1,
+    layer_axis: str = "",
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every cell of the grid once.
 
@@ -52,6 +52,8 @@ def run_stack(
         n_ramp_buckets: diagonal: how many widths the ramps are compiled for (`ramp_phases`).
         unroll: layers a loop iteration of sequential and layerwise: more compile time, less
             overhead.
+        layer_axis: diagonal: mesh axis over which the layers are spread (`diagonal.pipeline`);
+            a single segment goes through them one after another all the same.
 
     Returns:
         (y_segments, caches, aux): outputs of the last layer [S, ...], caches after segment S-1,
@@ -65,10 +67,10 @@ def run_stack(
             f"schedule must be one of {SCHEDULES}: got '{schedule}'; set config.model.schedule"
         )
     is_homogeneous = callable(cell)
-    grid = _Grid(
+    grid = Grid(
         cells=(cell,) if is_homogeneous else tuple(cell),
         params=(params,) if is_homogeneous else tuple(params),
-        n_segments=_leading_axis(x_segments, "x_segments"),
+        n_segments=leading_axis(x_segments, "x_segments"),
         key=key,
         first_segment=first_segment,
         unroll=unroll,
@@ -84,58 +86,23 @@ def run_stack(
         caches = (caches,)
     caches = tuple(caches)
 
-    if schedule == "layerwise" or grid.n_segments == 1:
+    if layer_axis and schedule != "diagonal":
+        raise ValueError(
+            f"layer_axis needs the diagonal schedule: got {layer_axis!r} and schedule="
+            f"{schedule!r}; set config.model.schedule"
+        )
+    if layer_axis and grid.n_segments > 1:
+        y, caches, aux = pipeline(grid, x_segments, caches, layer_axis)
+    elif schedule == "layerwise" or grid.n_segments == 1:
         y, caches, aux = _layerwise(grid, x_segments, caches)
     elif schedule == "sequential":
         y, caches, aux = _sequential(grid, x_segments, caches)
     else:
-        y, caches, aux = _diagonal(grid, x_segments, caches, n_ramp_buckets)
+        y, caches, aux = diagonal(grid, x_segments, caches, n_ramp_buckets)
     return (y, caches[0], aux[0]) if is_homogeneous else (y, caches, aux)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-    """The grid of cells: what all schedules share."""
-
-    cells: tuple[Cell, ...]
-    params: tuple[PyTree, ...]
-    n_segments: int
-    key: PRNGKey | None
-    first_segment: int
-    unroll: int
-
-    def __post_init__(self):
-        if len(self.params) != len(self.cells):
-            raise ValueError(
-                f"params must have one entry a pattern position: got {len(self.params)} for "
-                f"{len(self.cells)} cells"
-            )
-        sizes = {_leading_axis(p, "params") for p in self.params}
-        if len(sizes) != 1:
-            raise ValueError(f"all layers of a pattern repeat equally often: got {sorted(sizes)}")
-
-    @property
-    def pattern_len(self) -> int:
-        return len(self.cells)
-
-    @property
-    def n_repeats(self) -> int:
-        return _leading_axis(self.params[0], "params")
-
-    @property
-    def n_layers(self) -> int:
-        return self.pattern_len * self.n_repeats
-
-    def call(self, position, params, x, cache, segment, layer):
-        """Evaluates one cell; segment and layer are its (traced) coordinates, for its key."""
-        if self.key is None:
-            return self.cells[position](params, x, cache)
-        segment_key = jax.random.fold_in(self.key, self.first_segment + segment)
-        cell_key = jax.random.fold_in(segment_key, layer)
-        return self.cells[position](params, x, cache, cell_key)
-
-
-def _layerwise(grid: _Grid, x_segments, caches):
+def _layerwise(grid: Grid, x_segments, caches):
     """Layers outside, segments inside: with one segment, each layer takes the whole sequence."""
 
     def layer(position, params, xs, cache, layer_index):
@@ -155,7 +122,7 @@ def _layerwise(grid: _Grid, x_segments, caches):
     return _scan_layers(grid, layer, x_segments, caches)
 
 
-def _sequential(grid: _Grid, x_segments, caches):
+def _sequential(grid: Grid, x_segments, caches):
     """Segments outside, layers inside."""
 
     def segment(carry, inputs):
@@ -166,15 +133,15 @@ def _sequential(grid: _Grid, x_segments, caches):
             return grid.call(position, params, x, cache, s, layer_index)
 
         y, caches, aux = _scan_layers(grid, layer, x, caches)
-        return (caches, _add(total, aux)), y
+        return (caches, add(total, aux)), y
 
-    zero_aux = _zero_aux(grid, x_segments, caches)
     inputs = (jnp.arange(grid.n_segments), x_segments)
-    (caches, aux), ys = jax.lax.scan(segment, (caches, zero_aux), inputs)
+    start = (caches, zero_aux(grid, x_segments, caches))
+    (caches, aux), ys = jax.lax.scan(segment, start, inputs)
     return ys, caches, aux
 
 
-def _scan_layers(grid: _Grid, layer, x, caches):
+def _scan_layers(grid: Grid, layer, x, caches):
     """Applies `layer` along the depth; returns (x, caches, aux), stacked per pattern position."""
 
     def repeat(x, inputs):
@@ -190,160 +157,3 @@ def _scan_layers(grid: _Grid, layer, x, caches):
     unroll = min(grid.unroll, grid.n_repeats)
     x, (caches, aux) = jax.lax.scan(repeat, x, inputs, unroll=unroll)
     return x, caches, aux
-
-
-def _diagonal(grid: _Grid, x_segments, caches, n_ramp_buckets: int):
-    """A scan over anti-diagonals; on each, every layer works on its own segment at once.
-
-    `slots[l]` is the input waiting for layer l, and slots[L] the newest output of the stack. In
-    each phase only the rows [low, high) of the pattern can hold active cells, so only they run.
-    """
-    n_layers, pattern_len = grid.n_layers, grid.pattern_len
-    slots = jax.tree.map(
-        lambda leaf: jnp.zeros((n_layers + 1, *leaf.shape[1:]), leaf.dtype), x_segments
-    )
-    aux = _zero_aux(grid, x_segments, caches)
-    outputs = []
-    for phase in ramp_phases(grid.n_segments, grid.n_repeats, pattern_len, n_ramp_buckets):
-        rows = slice(phase.low, phase.high)
-        lanes = slice(phase.low * pattern_len, phase.high * pattern_len + 1)
-        carry = (_take(slots, lanes), _take(caches, rows), _take(aux, rows))
-        step = _diagonal_step(grid, phase, x_segments, _take(grid.params, rows))
-        carry, emitted = jax.lax.scan(step, carry, jnp.arange(phase.start, phase.stop))
-        slots = _put(slots, lanes, carry[0])
-        caches, aux = _put(caches, rows, carry[1]), _put(aux, rows, carry[2])
-        if phase.high == grid.n_repeats:
-            n_early = max(0, n_layers - 1 - phase.start)  # steps before the first output
-            outputs.append(_take(emitted, slice(n_early, None)))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs), caches, aux
-
-
-def _diagonal_step(grid: _Grid, phase: "Phase", x_segments, params):
-    """Returns the scan body of one phase: advance every lane of rows [low, high) by one cell."""
-    pattern_len = grid.pattern_len
-    rows = jnp.arange(phase.low, phase.high)
-
-    def step(carry, t):
-        slots, caches, aux = carry
-        inputs = _take(slots, slice(0, -1))
-        if phase.low == 0:
-            newest = jnp.minimum(t, grid.n_segments - 1)
-            inputs = jax.tree.map(
-                lambda leaf, feed: leaf.at[0].set(feed[newest]), inputs, x_segments
-            )
-        outs, new_caches, new_aux = [], [], []
-        for p in range(pattern_len):
-            layers = rows * pattern_len + p
-            segments = t - layers
-            active = (segments >= 0) & (segments < grid.n_segments)
-            x = jax.tree.map(lambda leaf, p=p: leaf[p::pattern_len], inputs)
-            call = jax.vmap(lambda *args, p=p: grid.call(p, *args))
-            y, cache, cell_aux = call(params[p], x, caches[p], jnp.maximum(segments, 0), layers)
-            outs.append(y)
-            new_caches.append(_where(active, cache, caches[p]))
-            idle = jax.tree.map(jnp.zeros_like, cell_aux)
-            new_aux.append(_add(aux[p], _where(active, cell_aux, idle)))
-        y = jax.tree.map(lambda *leaves: _interleave(leaves), *outs)
-        # The first slot is fed from outside (low = 0) or never read again (low > 0).
-        slots = jax.tree.map(lambda old, new: jnp.concatenate([old[:1], new]), slots, y)
-        emitted = jax.tree.map(lambda leaf: leaf[-1], slots)
-        return (slots, tuple(new_caches), tuple(new_aux)), emitted
-
-    return step
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Diagonals start <= t < stop, on which only pattern rows low <= r < high can be active."""
-
-    start: int
-    stop: int
-    low: int
-    high: int
-
-
-def ramp_phases(
-    n_segments: int, n_repeats: int, pattern_len: int = 1, n_buckets: int = 4
-) -> list[Phase]:
-    """Returns the phases of the diagonal schedule, in order.
-
-    Running all L layers on all S + L - 1 diagonals wastes (L - 1) / S of the useful work on the
-    ramps. Here each ramp is cut into n_buckets pieces, each compiled for its own width, and the
-    waste falls to about L / (n_buckets S) at the price of 2 n_buckets + 1 compiled bodies.
-    """
-    n_layers = n_repeats * pattern_len
-    n_steps = n_segments + n_layers - 1
-    piece = pattern_len * max(1, -(-n_repeats // max(1, n_buckets)))
-    ramp = min(n_layers, n_segments) - 1
-    cuts = {0, n_steps, *range(0, ramp, piece), *range(n_steps, n_steps - ramp, -piece)}
-    if n_segments < n_layers:  # the window of active layers slides without ever being full
-        cuts |= set(range(ramp, n_steps - ramp, piece))
-    cuts |= {ramp, n_steps - ramp}
-    cuts = sorted(cuts)
-    phases: list[Phase] = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-        low = max(0, start - n_segments + 1) // pattern_len
-        high = -(-(min(n_layers - 1, stop - 1) + 1) // pattern_len)
-        if phases and (phases[-1].low, phases[-1].high) == (low, high):
-            phases[-1] = dataclasses.replace(phases[-1], stop=stop)
-        else:
-            phases.append(Phase(start, stop, low, high))
-    return phases
-
-
-def diagonal_cells(
-    n_segments: int, n_repeats: int, pattern_len: int = 1, n_buckets: int = 4
-) -> int:
-    """Returns how many cells the diagonal schedule evaluates, idle ones included."""
-    phases = ramp_phases(n_segments, n_repeats, pattern_len, n_buckets)
-    return sum((p.stop - p.start) * (p.high - p.low) * pattern_len for p in phases)
-
-
-def _zero_aux(grid: _Grid, x_segments, caches):
-    """Zeros of the shape of the layers' aux, stacked per pattern position."""
-
-    def one_segment(params, x, caches):
-        x = jax.tree.map(lambda leaf: leaf[0], x)
-        auxes = []
-        for p in range(grid.pattern_len):
-            row = jax.tree.map(lambda leaf: leaf[0], (params[p], caches[p]))
-            x, _, aux = grid.call(p, row[0], x, row[1], 0, p)
-            auxes.append(aux)
-        return tuple(auxes)
-
-    shapes = jax.eval_shape(one_segment, grid.params, x_segments, caches)
-    return jax.tree.map(lambda s: jnp.zeros((grid.n_repeats, *s.shape), s.dtype), shapes)
-
-
-def _leading_axis(tree: Any, name: str) -> int:
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"every leaf of {name} must have the same leading axis: got {sorted(sizes)}"
-        )
-    return sizes.pop()
-
-
-def _take(tree, index: slice):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _put(tree, index: slice, rows):
-    return jax.tree.map(lambda leaf, new: leaf.at[index].set(new), tree, rows)
-
-
-def _add(left, right):
-    return jax.tree.map(jnp.add, left, right)
-
-
-def _where(active, new, old):
-    def select(new, old):
-        return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return jax.tree.map(select, new, old)
-
-
-def _interleave(leaves):
-    """[row, ...] a pattern position -> [row * pattern_len + position, ...]."""
-    stacked = jnp.stack(leaves, axis=1)
-    return stacked.reshape(-1, *stacked.shape[2:])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx_jax.models import build_model
-from longctx_jax.models.schedules import SCHEDULES, diagonal_cells, ramp_phases, run_stack
+from longctx_jax.models.diagonal import diagonal_cells, ramp_phases
+from longctx_jax.models.schedules import SCHEDULES, run_stack
 from tests.helpers import (
     assert_close,
     assert_trees_close,
@@ -287,7 +288,9 @@ def model_gradients(fields, schedule, segment_len=4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mha", "mixed", "vq", "vq_gated"])
+@pytest.mark.parametrize(
+    "name", ["mha", "mixed", "vq", "vq_gated", "rwkv4", "rwkv6", "mamba1", "mamba2"]
+)
 def test_a_model_with_dropout_and_a_ragged_tail(name, model_fields):
     fields = model_fields(name, dropout=0.3)
     expected = model_gradients(fields, "sequential")
