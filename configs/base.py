@@ -32,7 +32,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.n_kv_heads = 0  # key/value heads: 1 = MQA, 0 = n_heads (MHA)
     c.d_key = 0  # key width a head; 0 = d_model / n_heads
     c.d_value = 0  # value width a head; 0 = d_key
-    # swiglu | gelu | relu2 | rwkv (RWKV's channel mix, which has a state) | none (blocks of a mixer)
+    # swiglu | gelu | relu2 | rwkv (RWKV's channel mix, with a state) | none (blocks of a mixer)
     c.mlp = "swiglu"
     # MLP width; 0 = 8/3 d_model (swiglu), 3.5 (rwkv) or 4 (others), up to a multiple of 32
     c.d_ff = 0
@@ -49,6 +49,7 @@ def model_config() -> ml_collections.ConfigDict:
     )
     c.segment_len = 0  # tokens a segment of the schedule; 0 = the whole call is one segment
     c.n_ramp_buckets = 4  # diagonal: widths its ramps are compiled for; more = less waste
+    c.layer_axis = ""  # diagonal: mesh axis over which the layers are spread; "" = one device
     c.unroll = 1  # layers a loop iteration: more = longer compilation, less loop overhead
 
     c.softmax = ml_collections.ConfigDict()
@@ -139,7 +140,8 @@ def model_config() -> ml_collections.ConfigDict:
 def data_config() -> ml_collections.ConfigDict:
     """Where text comes from and how it is cut into windows."""
     c = ml_collections.ConfigDict()
-    # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds | imagenet64
+    # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds | imagenet64 |
+    # recall_associative | recall_passkey | recall_facts (made up: docs/recall.md)
     c.name = "python_source"
     c.data_dir = ""  # folder of the data set; "" = $LONGCTX_DATA_DIR, else ~/data
     c.files = ()  # text: file names or globs, read in sorted order
@@ -153,6 +155,23 @@ def data_config() -> ml_collections.ConfigDict:
     c.global_batch_size = 16  # rows a step, over all processes
     c.order = "stripes"  # stripes: row b of a batch continues row b of the last | shuffled: windows
     c.n_workers = 0  # data loading threads; 0 = the library's choice
+
+    c.recall = ml_collections.ConfigDict()  # needs order = "shuffled"; a row is seq_len bytes
+    c.recall.segment_len = 32  # bytes: the unit of distance; the row's last segment asks
+    c.recall.max_distance_segments = 0  # from the question to its fact, at most; 0 = the whole row
+    c.recall.n_rows = 256  # validation rows, and as many test rows
+    c.recall.n_questions = 1  # associative: a row
+    c.recall.pairs_per_segment = 1  # associative
+    c.recall.key_len = 2  # associative: letters
+    c.recall.value_len = 1  # associative: letters
+    c.recall.n_symbols = 26  # associative: letters in use, of keys and of values
+    c.recall.noise = "pad"  # associative, around the pairs: pad (dots) | random (digits)
+    c.recall.rewrite = False  # associative: keys come again, and the newest value counts
+    c.recall.n_keys = 0  # associative, rewrite: keys in a row; 0 = half the number of pairs
+    c.recall.text = "pg19_mini"  # passkey, facts: the data set they are hidden in
+    c.recall.n_digits = 5  # passkey
+    c.recall.n_facts = 4  # facts: sentences a row, with those that answer
+    c.recall.chain = False  # facts: ask where an object is, which somebody carries
     return c
 
 
