@@ -67,6 +67,7 @@ gpu-check:  ## On a GPU machine: GPU tests, then every benchmark; records what d
 	$(RUN) -m scripts.benchmark --suite=decode --out=$(GPU_RESULTS)/decode.jsonl
 	$(RUN) -m scripts.benchmark --suite=decay --peers=all --out=$(GPU_RESULTS)/decay.jsonl --record
 	$(RUN) -m scripts.benchmark --suite=vq --out=$(GPU_RESULTS)/vq.jsonl
+	$(RUN) -m scripts.benchmark --suite=memory --out=$(GPU_RESULTS)/memory.jsonl
 
 clean:  ## Remove caches and build leftovers (not runs, not the environment)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,11 @@
 """Measures a suite: python -m scripts.benchmark --suite=NAME [--out=FILE] [--quick].
 
-NAME is train, decode, decay or vq. Appends rows to FILE (JSON lines), draws FILE with .png, prints
-a table. Shapes are the config's: --config=FILE and --config.field=value as everywhere; the suites
-decay and vq have shapes of their own. --peers times others' code beside ours: in the suite decay
-the libraries that are installed (--peers=all), in vq checkouts of the published implementation
-(--peers=FOLDER[,FOLDER]). --record makes the rows of decay the table that "auto" decides by.
-Nothing here sets XLA flags; rows record them.
+NAME is train, decode, decay, vq or memory. Appends rows to FILE (JSON lines), draws FILE with .png,
+prints a table. Shapes are the config's: --config=FILE and --config.field=value as everywhere; the
+suites decay, vq and memory have shapes of their own. --peers times others' code beside ours: in the
+suite decay the libraries that are installed (--peers=all), in vq checkouts of the published
+implementation (--peers=FOLDER[,FOLDER]). --record makes the rows of decay the table that "auto"
+decides by. Nothing here sets XLA flags; rows record them.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from absl import flags
 from scripts import common
 
 _SUITE = flags.DEFINE_enum(
-    "suite", None, ["train", "decode", "decay", "vq"], "What to measure.", required=True
+    "suite", None, ["train", "decode", "decay", "vq", "memory"], "What to measure.", required=True
 )
 _CONFIG = common.config_flag(default="configs/quickstart.py")
 _OUT = flags.DEFINE_string("out", "", "JSON-lines file; empty = results/<suite>_<device>.jsonl.")
@@ -33,6 +33,9 @@ _QUICK = flags.DEFINE_bool("quick", False, "Tiny shapes: shows that it runs, mea
 _LENGTHS = flags.DEFINE_list("lengths", [], "Sequence or context lengths (tokens), e.g. 256,4096.")
 _PARTS = flags.DEFINE_list("parts", [], "Parts of the suite to run; empty = all.")
 _HEADS = flags.DEFINE_list("heads", [], "vq: head types (shga, mqa, mha); empty = all.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", [], "memory: LLaMA shapes on a GPU (160m, 1b, 3b, 8b); empty = 160m and 1b."
+)
 _PEERS = flags.DEFINE_list(
     "peers",
     [],
@@ -46,13 +49,27 @@ _RECORD = flags.DEFINE_bool(
 
 def measure(config: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of the suite that the flags ask for."""
-    from longctx_jax.benchmarking import decay_suite, decode_suite, suites, vq_cases, vq_suite
+    from longctx_jax.benchmarking import (
+        decay_suite,
+        decode_suite,
+        memory_suite,
+        suites,
+        vq_cases,
+        vq_suite,
+    )
+    from longctx_jax.models.llama_shapes import LLAMA_SHAPES
 
     suite = _SUITE.value
-    parts_of = {"train": suites.PARTS, "decay": decay_suite.PARTS, "vq": vq_suite.PARTS}
+    parts_of = {
+        "train": suites.PARTS,
+        "decay": decay_suite.PARTS,
+        "vq": vq_suite.PARTS,
+        "memory": memory_suite.PARTS,
+    }
     known = parts_of.get(suite, ())
     _require_known("parts", _PARTS.value, known)
     _require_known("heads", _HEADS.value, vq_cases.HEADS if suite == "vq" else ())
+    _require_known("shapes", _SHAPES.value, tuple(LLAMA_SHAPES) if suite == "memory" else ())
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise common.UsageError(
             f"--lengths must be positive numbers of tokens: got {','.join(_LENGTHS.value)}"
@@ -79,6 +96,8 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     if suite == "vq":
         heads = _HEADS.value or vq_cases.HEADS
         return vq_suite.vq_rows(config, limits, parts, heads=heads, checkouts=checkouts)
+    if suite == "memory":
+        return memory_suite.memory_rows(config, limits, parts, shapes=_SHAPES.value)
     return suites.train_rows(config, limits, parts)
 
 
@@ -109,15 +128,16 @@ def _peers(suite: str) -> list[Any]:
 def is_summary(row: dict[str, Any]) -> bool:
     """Whether a row of decay or vq is about other rows: those are printed as sentences."""
     summed_up = "speed_ratio" in row or "exponent" in row or row["name"] == "crossover"
-    return row["suite"] in ("decay", "vq") and summed_up
+    return row["suite"] in ("decay", "vq", "memory") and summed_up
 
 
 def summary_text(row: dict[str, Any]) -> str:
     """Returns a row about other rows as one line, "" for any other row."""
-    from longctx_jax.benchmarking import decay_summary, figures, vq_suite
+    from longctx_jax.benchmarking import decay_summary, figures, memory_suite, vq_suite
 
-    if row["suite"] == "vq" and is_summary(row):
-        return vq_suite.summary_text(row)
+    suites = {"vq": vq_suite, "memory": memory_suite}
+    if row["suite"] in suites and is_summary(row):
+        return suites[row["suite"]].summary_text(row)
     if row["name"] == "crossover":
         return decay_summary.crossover_text(row)
     if "speed_ratio" not in row:

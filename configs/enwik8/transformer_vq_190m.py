@@ -8,7 +8,8 @@ this differs from the published code:
 - what a unit adds starts smaller by the square root of the depth; embeddings are stored smaller by
   sqrt(768), and multiplied by that, so that the optimizer moves them faster;
 - the sequences of 8192 bytes, each begun with an empty cache, follow one another in 128 stripes of
-  the text, where theirs come in shuffled order; masks of dropped sinusoids and units are drawn anew every update;
+  the text, where theirs come in shuffled order; masks of dropped sinusoids and units are drawn
+  anew every update;
 - a key's gradient comes from the queries at most 512 tokens later, where theirs comes from its own
   and the next block of 512.
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from longctx_jax.benchmarking import decay_figures, vq_figures
+from longctx_jax.benchmarking import decay_figures, memory_figures, vq_figures
 
 Rows = Sequence[Mapping[str, Any]]
 IDENTITY = (
@@ -35,12 +35,26 @@ IDENTITY = (
     "window_len",
     "block_len",
     "reduction",
+    "shape",
+    "segment_len",
+    "n_cells",
 )
-COLUMNS = ("name", "head_type", "pass", "batch_size", "seq_len", "median_ms", "tokens_per_s")
+COLUMNS = (
+    "name",
+    "shape",
+    "segment_len",
+    "n_cells",
+    "head_type",
+    "pass",
+    "batch_size",
+    "seq_len",
+    "median_ms",
+    "tokens_per_s",
+)
 MIDDLE_COLUMNS = (
-    *("token_ms", "cells", "cache_bytes", "model_flops_per_s"),
+    *("token_ms", "cell_ms", "cells", "launches", "cache_bytes", "model_flops_per_s"),
     *("d_key", "n_codes", "block_len", "reduction", "relative_time"),
-    *("roofline_fraction", "tb_per_s", "max_error", "rel_rms_to_linear"),
+    *("roofline_fraction", "tb_per_s", "max_error", "rel_rms_to_linear", "relative_error"),
 )
 MAX_COLUMNS = 5  # of panels
 LAST_COLUMNS = ("compile_s", "peak_bytes", "n_runs", "speed_ratio", "skipped")
@@ -80,7 +94,8 @@ def progress(row: Mapping[str, Any]) -> str:
     """Returns one line about a row just measured."""
     where = " ".join(f"{n}={row[n]}" for n in ("pass", "batch_size", "seq_len") if n in row)
     if "median_ms" not in row:
-        told = (row[n] for n in ("speed_ratio", "exponent", "skipped") if n in row)
+        names = ("speed_ratio", "exponent", "relative_error", "skipped")
+        told = (row[n] for n in names if n in row)
         return f"{row['name']}: {next(told, '')}"
     return f"{row['name']} {where}: {row['median_ms']:.4g} ms, {row['tokens_per_s']:,.0f} tokens/s"
 
@@ -111,6 +126,8 @@ def draw_rows(rows: Rows) -> Figure:
         panels = decay_figures.panels(timed)
     elif rows[0]["suite"] == "vq":
         panels = vq_figures.panels(rows)
+    elif rows[0]["suite"] == "memory":
+        panels = memory_figures.panels(rows)
     else:
         parts = {
             p: [r for r in timed if r["part"] == p] for p in ("models", "lengths", "schedules")

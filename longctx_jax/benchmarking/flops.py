@@ -9,7 +9,10 @@ Vector-quantised attention counts the window's keys one by one and everything ol
 of values by code are additions, and its sinusoids are projected once a call: neither is counted.
 """
 
+import dataclasses
+
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.stack import MIXERS
 
 TRAIN_FACTOR = 3  # forward, and a backward pass of two products for each of the forward's
 
@@ -38,6 +41,8 @@ def forward_flops_per_token(
     """
     if pairs not in ("visible", "dense"):
         raise ValueError(f'pairs must be "visible" or "dense": got {pairs!r}; choose one of them')
+    if config.recurrence != "none":
+        return recurrence_flops(config, pairs=pairs) + 2 * config.d_model * config.vocab_size
     n_repeats = config.n_layers // len(config.pattern)
     total = config.n_layers * mlp_flops(config)
     for kind in config.pattern:
@@ -45,6 +50,10 @@ def forward_flops_per_token(
             layer = decay_flops(config, seq_len)
         elif kind == "vq":
             layer = vq_flops(config, seq_len, n_past=n_past, pairs=pairs)
+        elif kind == "rwkv":
+            layer = rwkv_flops(config, seq_len)
+        elif kind == "mamba":
+            layer = mamba_flops(config, seq_len)
         else:
             window = config.sliding.window_len if kind == "sliding" else 0
             reach = min(filter(None, (window, cache_len)), default=0)
@@ -75,8 +84,31 @@ def mean_visible_keys(seq_len: int, n_past: int = 0, reach: int = 0) -> float:
     return (growing + (seq_len - n_growing) * reach) / seq_len
 
 
+def recurrence_flops(config: ModelConfig, *, pairs: str = "visible") -> float:
+    """Returns the FLOPs a text token of a stack with memory between segments of T tokens.
+
+    A segment has T + M rows ("rmt", "layerwise": T + 2M), each a row of a model of that length
+    without memory. An ARMT layer adds, with K features, a query, and a read of 2 K d a row, and for
+    each of M rows a key, a value and a gate, a read and a write.
+    """
+    memory, d = config.memory, config.d_model
+    n_after = memory.n_memory_tokens
+    n_rows = memory.segment_len + n_after * (1 if config.recurrence == "armt" else 2)
+    pattern = tuple(memory.mixer if kind == "armt" else kind for kind in config.pattern)
+    plain = dataclasses.replace(config, name="transformer", pattern=pattern, vocab_size=1)
+    rows = n_rows * (forward_flops_per_token(plain, n_rows, pairs=pairs) - 2 * d)
+    n_features = 2 * memory.nu * memory.d_memory // memory.n_heads
+    recall = 2 * n_features * (d + memory.n_heads)
+    read = n_rows * (2 * d * memory.d_memory + recall)
+    write = n_after * (2 * d * (memory.d_memory + d + memory.n_heads) + 2 * recall)
+    n_armt = config.pattern.count("armt") * config.n_layers // len(config.pattern)
+    return (rows + n_armt * (read + write)) / memory.segment_len
+
+
 def mlp_flops(config: ModelConfig) -> int:
     """Returns 2 d_model d_ff a matrix: three of them for swiglu, two for others, none for none."""
+    if config.mlp == "rwkv":  # key, value, and a receptance of width d_model
+        return 2 * config.d_model * (2 * config.d_ff + config.d_model)
     n_matrices = {"swiglu": 3, "none": 0}.get(config.mlp, 2)
     return 2 * config.d_model * config.d_ff * n_matrices
 
@@ -104,6 +136,40 @@ def decay_flops(config: ModelConfig, seq_len: int) -> float:
     gates = heads if config.decay.kind == "gated" else 0
     projections = 2 * config.d_model * (inputs + outputs + gates)
     return projections + 2 * heads * (chunk * (d_key + d_value) + 2 * d_key * d_value)
+
+
+def rwkv_flops(config: ModelConfig, seq_len: int) -> float:
+    """Returns the products of the time mix: projections, and for version 6 its low ranks and op.
+
+    Version 4: 8 d^2; its average has none. Version 6, with c = min(chunk, seq_len):
+
+        2 d (2 H K + 2 H V) + 2 H V d + 20 d r_shift + 2 r_decay (d + H K) + 2 H (c (K + V) + 2 K V)
+    """
+    d, mixer = config.d_model, MIXERS["rwkv"](config)
+    if mixer.version == 4:
+        return 8 * d * d
+    heads, d_key, d_value = mixer.n_heads, mixer.d_key, mixer.d_value
+    chunk = min(mixer.chunk_len, seq_len)
+    projections = 2 * d * (2 * heads * d_key + 3 * heads * d_value)
+    low_ranks = 20 * d * mixer.shift_rank + 2 * mixer.decay_rank * (d + heads * d_key)
+    return projections + low_ranks + 2 * heads * (chunk * (d_key + d_value) + 2 * d_key * d_value)
+
+
+def mamba_flops(config: ModelConfig, seq_len: int) -> float:
+    """Returns the products of Mamba: projections, and what reads (and writes) the state.
+
+    With I = expand d channels and n numbers of state, version 1: 6 d I + 2 I (2 r + 2 n) + 2 I n.
+    Version 2, with heads of P channels, G groups and c = min(chunk, seq_len):
+
+        2 d (3 I + 2 G n + I/P) + 2 (I/P) (c (n + P) + 2 n P)
+    """
+    d, mixer = config.d_model, MIXERS["mamba"](config)
+    inner, n, width = mixer.d_inner, mixer.d_state, mixer.head_len
+    if mixer.version == 1:
+        return 6 * d * inner + 4 * inner * (mixer.step_rank + n) + 2 * inner * n
+    heads, chunk = inner // width, min(mixer.chunk_len, seq_len)
+    projections = 2 * d * (3 * inner + 2 * mixer.n_groups * n + heads)
+    return projections + 2 * heads * (chunk * (n + width) + 2 * n * width)
 
 
 def vq_flops(

@@ -257,6 +257,7 @@ class ModelConfig:
     schedule: str = "layerwise"
     segment_len: int = 0
     n_ramp_buckets: int = 4
+    layer_axis: str = ""
     unroll: int = 1
     softmax: SoftmaxConfig = SoftmaxConfig()
     sliding: SlidingConfig = SlidingConfig()
@@ -280,6 +281,11 @@ class ModelConfig:
             require_probability(field, getattr(self, field))
         self._derive_widths()
         self._require_heads()
+        if self.layer_axis and self.schedule != "diagonal":
+            raise ValueError(
+                "config.model.layer_axis spreads the diagonal schedule over devices: got "
+                f"{self.layer_axis!r} with schedule={self.schedule!r}; set schedule='diagonal'"
+            )
         if self.recurrence != "none":
             self._require_memory()
 

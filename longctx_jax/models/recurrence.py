@@ -6,8 +6,9 @@ anywhere gives the same logits. Three ways through a call, chosen by where the s
     at a segment's start       whole segments under config.model.schedule, then the first tokens
                                of the next one
     within one segment         its tokens at once, and its end if they reach it
-    anything else              token by token: exact for every mixer, and slow. Calls of whole
-                               segments, or of single tokens, never get here.
+    anything else              piece by piece, none of which passes a segment's end: of gcd(call,
+                               segment) tokens if the stream stands at a multiple of that, else of
+                               one token, which is slow
 
 RMT's memory is the stack's output, so its segments run one after another; "armt" and "layerwise"
 keep theirs in the layers, and run under every schedule.
@@ -16,6 +17,7 @@ Source: Bulatov et al. (2022), arXiv 2207.06881; Rodkin et al. (2024), arXiv 240
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,7 +167,15 @@ def apply_recurrence(
         is_simple, simple = position + seq <= segment_len, run.within_segment
     else:
         is_simple, simple = position == 0, run.from_segment_start
-    return jax.lax.cond(is_simple, simple, run.token_by_token, x, documents, state)
+    length = math.gcd(seq, segment_len)
+
+    def pieces(*inputs):
+        if length in (1, seq, segment_len):
+            return run.in_pieces(1)(*inputs)
+        fits = position % length == 0
+        return jax.lax.cond(fits, run.in_pieces(length), run.in_pieces(1), *inputs)
+
+    return jax.lax.cond(is_simple, simple, pieces, x, documents, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,28 +249,25 @@ class _Run:
             total = _add(total, aux)
         return self.norm(rows.tokens), state, total
 
-    def token_by_token(self, x, documents, state: State):
-        """Any tokens, one after another."""
+    def in_pieces(self, length: int):
+        """Returns what runs any tokens, `length` at a time; no piece may pass a segment's end."""
 
-        def step(state, inputs):
-            token, one = inputs
-            one = jax.tree.map(lambda leaf: leaf[:, None], one)
-            y, state, aux = self.within_segment(token[:, None], one, state)
-            return state, (y[:, 0], aux)
+        def run(x, documents, state: State):
+            def step(state, piece):
+                y, state, aux = self.within_segment(*piece, state)
+                return state, (y, aux)
 
-        inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (x, documents))
-        state, (y, aux) = jax.lax.scan(step, state, inputs)
-        return jnp.moveaxis(y, 0, 1), state, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
+            pieces = _cut(x.shape[1] // length, length, x, documents)
+            state, (y, aux) = jax.lax.scan(step, state, pieces)
+            y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])
+            return y, state, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
+
+        return run
 
     def _whole_segments(self, x, documents, state: State, n: int):
         length = self.config.memory.segment_len
         batch = x.shape[0]
-
-        def cut(leaf):  # [batch, seq, ...] -> [n, batch, length, ...]
-            leaf = leaf[:, : n * length]
-            return jnp.moveaxis(leaf.reshape(batch, n, length, *leaf.shape[2:]), 1, 0)
-
-        tokens, documents = jax.tree.map(cut, (x, documents))
+        tokens, documents = _cut(n, length, x, documents)
         segments = jnp.arange(n, dtype=jnp.int32)
         caches = self._without_inner(state.layers)
         memory = state.segment.memory
@@ -380,6 +387,16 @@ class _Run:
 def _after(start: int, *trees):
     """The tokens from `start` on, of leaves [batch, seq, ...]."""
     return jax.tree.map(lambda leaf: leaf[:, start:], trees)
+
+
+def _cut(n: int, length: int, *trees):
+    """The first n pieces of leaves [batch, seq, ...]: [n, batch, length, ...]."""
+
+    def cut(leaf):
+        leaf = leaf[:, : n * length]
+        return jnp.moveaxis(leaf.reshape(leaf.shape[0], n, length, *leaf.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, trees)
 
 
 def _when(condition, function, state):

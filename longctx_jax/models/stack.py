@@ -274,6 +274,7 @@ def apply_stack(
             first_segment=first_segment,
             n_ramp_buckets=config.n_ramp_buckets,
             unroll=config.unroll,
+            layer_axis=config.layer_axis,
         )
 
     def segments(leaf, start, n, length):  # [batch, seq, ...] -> [n, batch, length, ...]

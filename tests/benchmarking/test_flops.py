@@ -53,6 +53,31 @@ def test_formula_counts_every_product_of_the_dense_forms(fields):
     assert BATCH * SEQ * per_token == dots_of(model)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pattern": ("rwkv",), "mlp": "rwkv", "rwkv": {"version": 4}},
+        {"pattern": ("mamba",), "mamba": {"version": 1, "implementation": "recurrent"}},
+        {
+            "pattern": ("mamba",),
+            "mamba": {"version": 2, "head_len": 8, "chunk_len": 8, "implementation": "two_pass"},
+        },
+    ],
+    ids=str,
+)
+def test_formula_counts_every_product_of_recurrences(fields):
+    model = build_model(SIZES | fields)
+    assert BATCH * SEQ * flops.forward_flops_per_token(model.config, SEQ) == dots_of(model)
+
+
+@pytest.mark.parametrize("kind", ["armt", "rmt", "layerwise"])
+def test_formula_counts_every_product_of_segments_with_memory(kind):
+    memory = {"kind": kind, "segment_len": 8, "n_memory_tokens": 3, "d_memory": 4, "n_heads": 2}
+    model = build_model(SIZES | {"name": "recurrent_memory", "memory": memory})
+    per_token = flops.forward_flops_per_token(model.config, SEQ, pairs="dense")
+    assert BATCH * SEQ * per_token == dots_of(model)
+
+
 @pytest.mark.parametrize("gate", ["none", "silu"])
 @pytest.mark.parametrize("window_len, block_len", [(8, 8), (5, 6), (9, 4), (8, 0), (8, 24)])
 def test_formula_counts_every_product_of_quantised_attention(window_len, block_len, gate):

@@ -40,6 +40,27 @@ MODELS = {
         "d_value": 20,
         "vq": {"codebook_size": 7, "window_len": 4, "gate": "silu"},
     },
+    "rwkv4": {
+        "pattern": ("rwkv",),
+        "mlp": "rwkv",
+        "norm": "layer",
+        "rwkv": {"version": 4, "chunk_len": 4},
+    },
+    "rwkv6": {
+        "pattern": ("rwkv",),
+        "mlp": "rwkv",
+        "d_value": 6,
+        "rwkv": {"chunk_len": 4, "shift_rank": 2, "decay_rank": 3},
+    },
+    "mamba1": {
+        "pattern": ("mamba",),
+        "mlp": "none",
+        "mamba": {"version": 1, "d_state": 3, "step_rank": 2, "chunk_len": 4},
+    },
+    "mamba2": {
+        "pattern": ("mamba",),
+        "mamba": {"d_state": 3, "head_len": 8, "n_groups": 2, "conv_len": 3, "chunk_len": 4},
+    },
     "mixed": {
         "pattern": ("decay", "decay", "sliding"),
         "n_layers": 3,

@@ -22,6 +22,26 @@ STACKS = {
         "n_kv_heads": 1,
         "vq": {"window_len": 2, "block_len": 2, "codebook_size": 3},
     },
+    "rwkv4": {
+        "pattern": ("rwkv",),
+        "mlp": "rwkv",
+        "rwkv": {"version": 4, "chunk_len": 3},
+    },
+    "rwkv6": {
+        "pattern": ("rwkv",),
+        "mlp": "rwkv",
+        "rwkv": {"chunk_len": 3, "shift_rank": 2, "decay_rank": 2},
+    },
+    "mamba1": {
+        "pattern": ("mamba",),
+        "mlp": "none",
+        "mamba": {"version": 1, "d_state": 2, "chunk_len": 3, "implementation": "chunked"},
+    },
+    "mamba2": {
+        "pattern": ("mamba",),
+        # The reverse rule of other forms leaves rounding, 1e-18, where the derivative is 0.
+        "mamba": {"d_state": 2, "head_len": 8, "chunk_len": 3, "implementation": "two_pass"},
+    },
     "mixed_in_segments": {
         "pattern": ("decay", "sliding"),
         "decay": {"chunk_len": 2},

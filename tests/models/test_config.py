@@ -28,7 +28,7 @@ MISTAKES = [
     ({"segment_len": -1}, "config.model.segment_len must not be negative: got -1"),
     (
         {"mlp": "relu"},
-        "config.model.mlp must be one of ['swiglu', 'gelu', 'relu2', 'none']: "
+        "config.model.mlp must be one of ['swiglu', 'gelu', 'relu2', 'rwkv', 'none']: "
         "got 'relu'; choose one",
     ),
     ({"norm": "batch"}, "config.model.norm must be one of ['rms', 'layer']: got 'batch'"),
@@ -84,6 +84,24 @@ MISTAKES = [
         {"vq": {"codebook_decay": 1.0, "reseed_below": 1.0}},
         "config.model.vq.reseed_below needs a codebook that learns: got 1.0",
     ),
+    ({"rwkv": {"version": 5}}, "config.model.rwkv.version must be one of [4, 6]: got 5; choose"),
+    ({"rwkv": {"chunk_len": 0}}, "config.model.rwkv.chunk_len must be positive: got 0"),
+    (
+        {"pattern": ("rwkv",), "d_model": 96, "n_heads": 3, "rwkv": {"head_len": 64}},
+        "config.model.rwkv.head_len must divide d_model: got head_len=64, d_model=96; use 48, or 0",
+    ),
+    ({"mamba": {"version": 3}}, "config.model.mamba.version must be one of [1, 2]: got 3; choose"),
+    ({"mamba": {"expand": 0}}, "config.model.mamba.expand must be positive: got 0"),
+    ({"mamba": {"d_state": -1}}, "config.model.mamba.d_state must not be negative: got -1"),
+    (
+        {"pattern": ("mamba",), "d_model": 48},
+        "config.model.mamba.head_len must divide expand * d_model: got head_len=64, 2 * 48; use 48",
+    ),
+    (
+        {"pattern": ("mamba",), "d_model": 128, "mamba": {"n_groups": 3}},
+        "config.model.mamba.n_groups must divide the heads, expand * d_model / head_len: got "
+        "n_groups=3, 4 heads; use 2",
+    ),
     ({"vq": {"smoothing": "x"}}, "config.model.vq.smoothing must be one of ['clip', 'laplace']"),
 ]
 
@@ -125,6 +143,7 @@ def n_params(c, heads_of_layers):
     embedding = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
     norm = c.d_model * (2 if c.norm == "layer" else 1)
     mlp = c.d_model * c.d_ff * (3 if c.mlp == "swiglu" else 2)
+    mlp += c.d_model * (c.d_model + 2) * (c.mlp == "rwkv")
     total = embedding + norm
     for kind in heads_of_layers:
         if kind == "decay":
@@ -138,6 +157,10 @@ def n_params(c, heads_of_layers):
             mixer = c.d_model * (c.n_heads * (c.d_key + c.d_value) + kv + gate)
             mixer += c.d_key * (c.d_model * c.n_kv_heads + 2 * c.n_heads)  # positions
             mixer += c.n_kv_heads * c.vq.codebook_size * (c.d_key + 1)  # codebook, not trained
+        elif kind == "rwkv":
+            mixer = rwkv_params(c)
+        elif kind == "mamba":
+            mixer = mamba_params(c)
         else:
             query_and_out = c.n_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))
@@ -147,6 +170,28 @@ def n_params(c, heads_of_layers):
             )
         total += mixer + norm + (mlp + norm) * (c.mlp != "none")
     return total
+
+
+def rwkv_params(c):
+    if c.rwkv.version == 4:  # four matrices; three shares, decay and bonus
+        return 4 * c.d_model**2 + 5 * c.d_model
+    keys, values = c.n_heads * c.d_key, c.n_heads * c.d_value
+    shift = (6 + 10 * c.rwkv.shift_rank) * c.d_model
+    decay = keys + c.rwkv.decay_rank * (c.d_model + keys)
+    return c.d_model * (2 * keys + 3 * values) + shift + decay + keys + 2 * values
+
+
+def mamba_params(c):
+    mamba, inner = c.mamba, c.mamba.expand * c.d_model
+    if mamba.version == 1:
+        wide, gate_and_out = inner, 2 * c.d_model * inner
+        steps = inner * (2 * mamba.step_rank + 2 * mamba.d_state + 1)
+        rest = steps + inner * (mamba.d_state + 1)
+    else:
+        heads = inner // mamba.head_len
+        wide, gate_and_out = inner + 2 * mamba.n_groups * mamba.d_state, 2 * c.d_model * inner
+        rest = (c.d_model + 3) * heads + inner
+    return gate_and_out + wide * (c.d_model + mamba.conv_len + 1) + rest
 
 
 def test_parameter_count(model_name, model_fields):

@@ -132,7 +132,7 @@ def in_calls(model, variables, lengths, documents):
     return np.concatenate(logits, axis=1), cache
 
 
-SPLITS = ((1,) * SEQ, (2, 2, 2, 8), (3, 5, 6), (8, 6))
+SPLITS = ((1,) * SEQ, (2, 6, 6), (3, 5, 6), (8, 6))  # 6: in pieces of 2, or of 1
 FAST = ("armt", "rmt")
 
 

@@ -22,7 +22,7 @@ split = given(st.lists(st.sampled_from(CALLS), min_size=1, max_size=6))
 quick = settings(deadline=None, max_examples=12)
 
 
-FAST = ("gqa_relative", "sliding", "decay")  # their mixtures are slow to compile
+FAST = ("gqa_relative", "sliding", "decay", "rwkv6", "mamba2")  # their mixtures are slow to compile
 
 
 @pytest.fixture(
@@ -31,7 +31,7 @@ FAST = ("gqa_relative", "sliding", "decay")  # their mixtures are slow to compil
         *FAST,
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("mha", "mixed", "vq", "vq_gated")
+            for name in ("mha", "mixed", "vq", "vq_gated", "rwkv4", "mamba1")
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_folder_that_is_no_checkout_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["train", "decode", "decay", "vq"])
+@pytest.mark.parametrize("suite", ["train", "decode", "decay", "vq", "memory"])
 def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
     out = tmp_path / "new" / "rows.jsonl"
     done = run_benchmark(f"--suite={suite}", "--quick", "--n_runs=2", f"--out={out}", timeout=500)

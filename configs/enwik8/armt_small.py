@@ -1,0 +1,25 @@
+"""ARMT on enwik8: transformer_small.py in segments of 512 bytes with a memory between them.
+
+A row has 8 segments; gradients go back through all of them. Rows grow from one segment to eight,
+as the ARMT paper trains. To start from a trained transformer, name its work directory in
+config.train.init_from: the memory then starts without effect.
+"""
+
+import ml_collections
+
+from configs.enwik8 import transformer_small
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config."""
+    config = transformer_small.get_config(arg)
+    config.model.name = "recurrent_memory"
+    config.model.memory.segment_len = 512
+    config.model.memory.n_memory_tokens = 16
+    config.model.remat = "full"
+    config.data.seq_len = 4_096
+    config.data.global_batch_size = 4
+    config.train.carry_cache = False
+    config.train.curriculum_starts = (0, 10_000, 20_000, 30_000)
+    config.train.curriculum_lens = (512, 1_024, 2_048, 4_096)
+    return config
