@@ -71,7 +71,7 @@ def _advance(grid: Grid, rows, params, inputs, caches, aux, t):
     for p in range(pattern_len):
         layers = rows * pattern_len + p
         segments = t - layers
-        active = (segments >= 0) & (segments < grid.n_segments)
+        active = grid.is_active(segments)
         x = jax.tree.map(lambda leaf, p=p: leaf[p::pattern_len], inputs)
         call = jax.vmap(lambda *args, p=p: grid.call(p, *args))
         y, cache, cell_aux = call(params[p], x, caches[p], jnp.maximum(segments, 0), layers)

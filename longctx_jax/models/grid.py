@@ -22,6 +22,7 @@ class Grid:
     key: PRNGKey | None
     first_segment: int
     unroll: int
+    n_active: jax.Array | None = None  # segments that count, int32 []; None = all
 
     def __post_init__(self):
         if len(self.params) != len(self.cells):
@@ -55,6 +56,26 @@ class Grid:
         segment_key = jax.random.fold_in(self.key, self.first_segment + segment)
         cell_key = jax.random.fold_in(segment_key, layer)
         return self.cells[position](params, x, cache, cell_key)
+
+    def call_if_active(self, position, params, x, cache, segment, layer):
+        """`call`, or nothing for a segment that does not count: its output is then zeros."""
+        if self.n_active is None:
+            return self.call(position, params, x, cache, segment, layer)
+
+        def run(x, cache):
+            return self.call(position, params, x, cache, segment, layer)
+
+        def skip(x, cache):
+            y, _, aux = jax.eval_shape(run, x, cache)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (y, aux))
+            return zeros[0], cache, zeros[1]
+
+        return jax.lax.cond(segment < self.n_active, run, skip, x, cache)
+
+    def is_active(self, segments: jax.Array) -> jax.Array:
+        """Returns which of these places along the sequence are segments that count."""
+        n_active = self.n_segments if self.n_active is None else self.n_active
+        return (segments >= 0) & (segments < n_active)
 
 
 def zero_aux(grid: Grid, x_segments: PyTree, caches: tuple[PyTree, ...]) -> tuple[PyTree, ...]:

@@ -36,6 +36,7 @@ def run_stack(
     n_ramp_buckets: int = 4,
     unroll: int = 1,
     layer_axis: str = "",
+    n_active: jax.Array | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every cell of the grid once.
 
@@ -54,6 +55,9 @@ def run_stack(
             overhead.
         layer_axis: diagonal: mesh axis over which the layers are spread (`diagonal.pipeline`);
             a single segment goes through them one after another all the same.
+        n_active: int32 [], may be traced: segments from here on are padding, so that one compiled
+            program serves all lengths up to S. They change no cache, count in no aux, and their
+            outputs mean nothing; None = all S count.
 
     Returns:
         (y_segments, caches, aux): outputs of the last layer [S, ...], caches after segment S-1,
@@ -74,6 +78,7 @@ def run_stack(
         key=key,
         first_segment=first_segment,
         unroll=unroll,
+        n_active=n_active,
     )
     if caches is None:
         if grid.n_segments != 1:
@@ -108,12 +113,12 @@ def _layerwise(grid: Grid, x_segments, caches):
     def layer(position, params, xs, cache, layer_index):
         if grid.n_segments == 1:
             x = jax.tree.map(lambda leaf: leaf[0], xs)
-            y, cache, aux = grid.call(position, params, x, cache, 0, layer_index)
+            y, cache, aux = grid.call_if_active(position, params, x, cache, 0, layer_index)
             return jax.tree.map(lambda leaf: leaf[None], y), cache, aux
 
         def segment(cache, inputs):
             s, x = inputs
-            y, cache, aux = grid.call(position, params, x, cache, s, layer_index)
+            y, cache, aux = grid.call_if_active(position, params, x, cache, s, layer_index)
             return cache, (y, aux)
 
         cache, (ys, aux) = jax.lax.scan(segment, cache, (jnp.arange(grid.n_segments), xs))
@@ -130,7 +135,7 @@ def _sequential(grid: Grid, x_segments, caches):
         s, x = inputs
 
         def layer(position, params, x, cache, layer_index):
-            return grid.call(position, params, x, cache, s, layer_index)
+            return grid.call_if_active(position, params, x, cache, s, layer_index)
 
         y, caches, aux = _scan_layers(grid, layer, x, caches)
         return (caches, add(total, aux)), y

@@ -140,6 +140,22 @@ def test_every_schedule_is_the_grid_by_hand(schedule, pattern, n_segments, n_lay
         assert_trees_close(layer(aux, l), expected[2][l], rel_rms=5e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_program_serves_every_number_of_segments(schedule):
+    cells, params, caches, xs = make_problem(("cell", "other"), 4, 4)
+    options = {"schedule": schedule, "n_ramp_buckets": 1}
+    run = jax.jit(lambda xs, n: run_stack(cells, params, xs, caches, n_active=n, **options))
+    for n in (4, 1, 3):
+        first = jax.tree.map(lambda leaf, n=n: leaf[:n], xs)
+        padding = jax.tree.map(lambda leaf, n=n: jnp.full_like(leaf[n:], 77), xs)
+        padded = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, padding)
+        ys, *rest = run(padded, jnp.int32(n))
+        expected = run_stack(cells, params, first, caches, **options)
+        assert_trees_close(jax.tree.map(lambda y, n=n: y[:n], ys), expected[0], rel_rms=2e-6)
+        assert_trees_close(tuple(rest), expected[1:], rel_rms=5e-6)
+    assert run._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     ("pattern", "n_segments", "n_layers"),
     [pytest.param(None, 3, 3, marks=pytest.mark.slow), (("cell", "other"), 2, 4)],
