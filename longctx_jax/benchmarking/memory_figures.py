@@ -41,6 +41,8 @@ def panels(rows: Rows) -> list[Panel]:
                     r for r in some if r.get(y) and (y != "peak_bytes" or "even" not in r["name"])
                 ]
                 _add(found, title, drawn, "seq_len", y)
+        for y in ("median_ms", "peak_bytes"):
+            _add(found, f"{shape}, in pieces", _part(here, "long"), "seq_len", y)
         _add(found, f"{shape}, one diagonal", _part(here, "groups"), "n_cells", "cell_ms")
         _add(found, f"{shape}, bfloat16", _part(here, "drift"), "n_segments", "relative_error")
     return found

@@ -2,10 +2,11 @@
 
 Parts: "lengths" (a prefill of growing length: full attention, ARMT one cell after another, ARMT by
 diagonals, and the ideal even load), "groups" (time of one diagonal by its number of cells, and
-what a whole run should take by it), "drift" (how far bfloat16 logits of the two orders lie apart),
-"train" (a full update). Every case is compiled: "sequential" is a scan over segments around a scan
-over layers, the honest baseline. The output matrix is left out, as in the paper's tables; weights
-are in the dtype of matrix products. Memory's values are random: fresh ones would write zeros.
+what a whole run should take by it), "long" (a prefill in pieces, whose memory does not grow),
+"drift" (how far bfloat16 logits of the two orders lie apart), "train" (a full update). Every case
+is compiled: "sequential" is a scan over segments around a scan over layers, the honest baseline.
+The output matrix is left out, as in the paper's tables; weights are in the dtype of matrix
+products. Memory's values are random: fresh ones would write zeros.
 
 Source of shapes and questions: Sivtsov et al. (2025), arXiv 2506.05229.
 """
@@ -32,7 +33,8 @@ from longctx_jax.models.recurrence import init_state, make_layers
 from longctx_jax.models.stack import layer_names
 from longctx_jax.nn.contract import Documents
 
-PARTS = ("lengths", "groups", "drift", "train")
+PARTS = ("lengths", "groups", "long", "drift", "train")
+PIECE = 32  # segments
 IDEAL = "ideal even load"
 SMALL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 32}
 ON_CPU = {"n_layers": 8, "d_model": 64, "n_heads": 4, "d_ff": 192}
@@ -50,6 +52,7 @@ class Setting:
     shapes: Mapping[str, Mapping[str, Any]]
     segment_lens: tuple[int, ...]
     lengths: tuple[int, ...]
+    long_lengths: tuple[int, ...]
     memory_len: int
     dtype: str
 
@@ -57,15 +60,16 @@ class Setting:
 def setting(platform: str, limits: Limits, shapes: Sequence[str] = ()) -> Setting:
     """Returns the sizes for a platform: tiny when quick."""
     if limits.is_quick:
-        found = Setting({"tiny": SMALL}, (8,), (32,), 2, "float32")
+        found = Setting({"tiny": SMALL}, (8,), (32,), (256, 512), 2, "float32")
     elif platform == "cpu":
         lengths = (512, 1024, 2048, 4096, 8192, 16_384)
-        found = Setting({"small": ON_CPU}, (64,), lengths, 8, "float32")
+        found = Setting({"small": ON_CPU}, (64,), lengths, (4096, 16_384, 65_536), 8, "float32")
     else:
         lengths = tuple(2**k for k in range(12, 18))
         names = shapes or ("160m", "1b")
         chosen = {name: LLAMA_SHAPES[name] for name in names}
-        found = Setting(chosen, (512, 1024, 2048, 4096), lengths, 128, "bfloat16")
+        long = (131_072, 524_288, 1_048_576)
+        found = Setting(chosen, (512, 1024, 2048, 4096), lengths, long, 128, "bfloat16")
     return dataclasses.replace(found, lengths=limits.lengths) if limits.lengths else found
 
 
@@ -84,6 +88,7 @@ def memory_rows(
     run = {
         "lengths": _lengths_part,
         "groups": _groups_part,
+        "long": _long_part,
         "drift": _drift_part,
         "train": functools.partial(_train_part, config),
     }
@@ -127,36 +132,41 @@ def weights_of(model: Decoder) -> Any:
     return make_variables(model)
 
 
-def prefill_case(model: Decoder, seq: int) -> Case:
+def prefill_case(model: Decoder, seq: int, piece_len: int = 0) -> Case:
     """Returns the pass of one row over seq tokens, from an empty state to its last activation.
 
     The state comes back, so memory does its last write too; full attention keeps its cache.
+
+    Args:
+        piece_len: tokens a call, a divisor of seq; 0 = one call.
     """
     rng = np.random.default_rng(0)
 
     def prefill(variables, tokens, cache):
-        out = model.hidden(variables, tokens, cache)
-        return out.hidden[:, -1], out.cache
+        def piece(cache, tokens):
+            out = model.hidden(variables, tokens[None], cache)
+            return out.cache, out.hidden[:, -1]
+
+        cache, last = jax.lax.scan(piece, cache, tokens.reshape(-1, piece_len or seq))
+        return last[-1], cache
 
     def make_inputs(last):
         del last
         tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, seq), np.int32))
         return weights_of(model), tokens, model.init_cache(1, seq)
 
+    def inspect(inputs, output):
+        # Of the pass without a state, which has no branches for streams that stand elsewhere.
+        del output
+        whole = jax.jit(lambda variables, tokens: model.hidden(variables, tokens).hidden[:, -1])
+        return {"launches": count_launches(whole.lower(*inputs[:2]).compile())}
+
     return Case(
         jax.jit(prefill, donate_argnums=2),
         make_inputs,
         keeps_output=False,
-        inspect=lambda inputs, _: {
-            "launches": count_launches(jax.jit(prefill).lower(*_shapes(model, seq)).compile())
-        },
+        inspect=None if piece_len else inspect,
     )
-
-
-def _shapes(model: Decoder, seq: int):
-    variables = jax.eval_shape(lambda: weights_of(model))
-    tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
-    return variables, tokens, jax.eval_shape(lambda: model.init_cache(1, seq))
 
 
 def group_case(model: Decoder, n_cells: int, n_steps: int) -> Case:
@@ -287,6 +297,19 @@ def _groups_part(sizes: Setting, limits: Limits, fields: Mapping[str, Any]) -> I
             speed = speed_fields(row, segment_len * n_cells / n_layers, layer_flops)
             per_cell = {"cell_ms": round(row["median_ms"] / n_cells, 5), "n_cells": n_cells}
             yield {"name": "diagonal", "pass": "group", **about, **row, **speed, **per_cell}
+
+
+def _long_part(sizes: Setting, limits: Limits, fields: Mapping[str, Any]) -> Iterator[Row]:
+    """Yields a prefill in pieces of PIECE segments: ramps for each, and memory that is flat."""
+    segment_len = sizes.segment_lens[min(1, len(sizes.segment_lens) - 1)]
+    models = make_models(sizes, fields, segment_len)
+    models = {name: models[name] for name in ("armt sequential", "armt diagonal")}
+    for seq in sizes.long_lengths:
+        piece_len = PIECE * segment_len
+        cases = {name: prefill_case(model, seq, piece_len) for name, model in models.items()}
+        for name, (row, _) in limits.measure(cases).items():
+            about = {**_about(models[name], seq), "piece_len": piece_len}
+            yield {"name": name, "pass": "pieces", **about, **row} | _speed(models[name], seq, row)
 
 
 def _drift_part(sizes: Setting, limits: Limits, fields: Mapping[str, Any]) -> Iterator[Row]:
