@@ -12,6 +12,7 @@ from longctx_jax.data.pipeline import (
     rows_lie_within_samples,
     set_state,
 )
+from longctx_jax.data.recall import RECALL_NAMES, RowBatches, RowStream
 from longctx_jax.data.sources import SOURCES, load_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
 from longctx_jax.data.streams import TextStream, count_words
@@ -27,10 +28,13 @@ from longctx_jax.data.tokens import (
 
 __all__ = [
     "ORDERS",
+    "RECALL_NAMES",
     "SOURCES",
     "SPLIT_NAMES",
     "Batch",
     "ByteTokenizer",
+    "RowBatches",
+    "RowStream",
     "Splits",
     "TextStream",
     "TokenStream",

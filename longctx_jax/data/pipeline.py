@@ -4,8 +4,8 @@ Grain gives the order: an index dataset whose item `i` is where row `i` starts (
 is item `s * global_batch_size + b`); a process takes every `process_count`-th row and batches them.
 So neither the number of processes, nor threads, nor a restart changes what a step contains. Two
 orders exist: "stripes", where row b of a batch continues row b of the last one, and "shuffled"
-windows. Evaluation has its own walk over a split, `evaluation_stripes`. Not here: moving batches to
-devices.
+windows. Evaluation has its own walk over a split, `evaluation_stripes`. Rows of a recall task are
+made, item i of the order being row i. Not here: moving batches to devices.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from longctx_jax.data.recall import RowBatches, RowTokenStream, training_row
 from longctx_jax.data.streams import TextStream
 from longctx_jax.data.tokenizers import tokenize
 from longctx_jax.data.tokens import Tokenizer, TokenStream, check_ids, check_vocab_size
@@ -52,7 +53,8 @@ def make_dataset(
     the number of documents to the segment ids. shuffled: the (N - 1) // seq_len windows of seq_len
     inputs are put in a fresh order each epoch; a batch may span two epochs. Where seq_len divides
     the bytes of a sample (`TokenStream.sample_len` - 1), windows are aligned: the first one of each
-    sample has the separator before it as its first input, and no separator is a target.
+    sample has the separator before it as its first input, and no separator is a target. A recall
+    task has no segment_ids and only the order "shuffled"; its rows depend on the seed, too.
 
     Args:
         stream: text of one split.
@@ -79,13 +81,16 @@ def make_dataset(
             f"process_index={process_index}, process_count={process_count}"
         )
     starts = _row_starts(tokens, seq_len, global_batch_size, seed, order)
+    if isinstance(tokens, RowTokenStream):
+        read = functools.partial(training_row, tokens.rows, seed, vocab_size)
+    else:
+        read = functools.partial(_read_row, tokens, seq_len, vocab_size)
     if global_batch_size % process_count:
         raise ValueError(
             "the number of processes must divide config.data.global_batch_size: got "
             f"global_batch_size={global_batch_size}, process_count={process_count}; change "
             "config.data.global_batch_size to a multiple"
         )
-    read = functools.partial(_read_row, tokens, seq_len, vocab_size)
     return starts[process_index::process_count].map(read).batch(global_batch_size // process_count)
 
 
@@ -109,6 +114,8 @@ def position_of(
     tokens = tokenize(stream, tokenizer)
     start = _row_starts(tokens, seq_len, global_batch_size, seed, order)[step * global_batch_size]
     assert start is not None, "the dataset of starts is endless"
+    if isinstance(tokens, RowTokenStream):
+        return f"source={tokens.name} step={step} row={start} seed={seed}"
     position = start % tokens.n_tokens
     return (
         f"source={tokens.name} step={step} row=0 byte_offset={tokens.byte_offset(position)} "
@@ -170,6 +177,9 @@ def _row_starts(
             raise ValueError(f"config.data.{field} must be at least 1: got {value}; raise it")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"config.train.seed must lie in 0 .. {MAX_SEED}: got {seed}; change it")
+    if isinstance(tokens, RowTokenStream):
+        _require_rows(tokens, seq_len, order)
+        return grain.MapDataset.range(tokens.n_documents)
     if order == "stripes":
         if tokens.n_tokens < 2 * global_batch_size:
             raise _too_short(tokens, seq_len, global_batch_size, order, 2 * global_batch_size)
@@ -190,6 +200,20 @@ def _row_starts(
     raise ValueError(
         f"config.data.order must be one of {ORDERS}: got {order!r}; set it to one of them"
     )
+
+
+def _require_rows(tokens: RowTokenStream, seq_len: int, order: str) -> None:
+    """Checks what the rows of a recall task are read with."""
+    if order != "shuffled":
+        raise ValueError(
+            f"config.data.order must be 'shuffled' for {tokens.name}, whose rows stand alone: got "
+            f"{order!r}; set it"
+        )
+    if seq_len != tokens.sample_len:
+        raise ValueError(
+            f"the rows of {tokens.name} were made with config.data.seq_len={tokens.sample_len}: "
+            f"got seq_len={seq_len}; load the source with this config.data"
+        )
 
 
 def _too_short(
@@ -273,7 +297,7 @@ def evaluation_stripes(
     seq_len: int,
     max_bytes: int = 0,
     vocab_size: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[Batch] | RowBatches:
     """Returns an iterator of batches whose targets are the tokens of a split, each once.
 
     The targets are cut into `batch_size` contiguous stripes whose lengths differ by at most one
@@ -281,7 +305,8 @@ def evaluation_stripes(
     last, and the first input of a stripe is the token before its first target. Before token 0
     stands a separator, if the tokenizer has one; otherwise token 0 is no target and the caller
     charges it, and N = 1 gives no batch. Padding, at the ends of rows, is 0 in `weights` and
-    `target_bytes`; so is the weight of a sample's separator.
+    `target_bytes`; so is the weight of a sample's separator. The rows of a recall task stand alone,
+    batch_size at a time: `RowBatches`, for `evaluate` as well.
 
     Args:
         tokens: from `tokenize`.
@@ -308,6 +333,9 @@ def evaluation_stripes(
             f"config.eval.max_bytes must reach the end of the first token of {tokens.name}: got "
             f"{max_bytes}; raise it"
         )
+    if isinstance(tokens, RowTokenStream):
+        n_rows = n_tokens // tokens.sample_len
+        return RowBatches(tokens.rows, n_rows, batch_size, seq_len)
     first = 1 if tokens.tokenizer.separator_id < 0 else 0
     unit = tokens.sample_len or 1
     short, n_longer = divmod(-(-(n_tokens - first) // unit), batch_size)

@@ -2,7 +2,7 @@
 
 `python_source` is the installed Python standard library, so every machine has real text; its bytes
 depend on the Python version, so numbers on it compare only within one. `text` is the user's files.
-The others live in `enwik8.py`, `pg19.py`, `imagenet64.py` and `tfds_source.py`.
+The others live in `enwik8.py`, `pg19.py`, `imagenet64.py`, `tfds_source.py` and `recall.py`.
 """
 
 import functools
@@ -12,11 +12,11 @@ import os
 import pathlib
 import sysconfig
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from absl import logging
 
-from longctx_jax.data import enwik8, imagenet64, pg19, tfds_source
+from longctx_jax.data import enwik8, imagenet64, pg19, recall, tfds_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
 from longctx_jax.data.streams import FileStream, SliceStream, TextStream, concatenate
 
@@ -36,6 +36,8 @@ class DataConfig(Protocol):
     validation_fraction: float
     test_fraction: float
     download: bool
+    seq_len: int  # recall tasks only, as the next
+    recall: Any
 
 
 def load_source(config_data: DataConfig) -> Splits:
@@ -208,6 +210,20 @@ def _text_files(patterns: tuple[str, ...]) -> list[str]:
     return files
 
 
+def load_recall(config_data: DataConfig) -> Splits:
+    """Returns a recall task; its noise is the text of another source, read with the same fields."""
+
+    def load_text(name: str) -> Splits:
+        texts = sorted(set(SOURCES) - set(recall.RECALL_NAMES) - {"imagenet64"})
+        if name not in texts:
+            raise ValueError(
+                f"config.data.recall.text must be one of {texts}: got {name!r}; set it to one"
+            )
+        return SOURCES[name](config_data)
+
+    return recall.load_recall(config_data, load_text)
+
+
 SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
     "python_source": load_python_source,
     "text": load_text,
@@ -217,4 +233,5 @@ SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
     "pg19_mini": lambda data: pg19.load_pg19_mini(data.data_dir),
     "pg19_tfds": lambda data: tfds_source.load_pg19_tfds(data.data_dir),
     "imagenet64": lambda data: imagenet64.load_imagenet64(data.data_dir),
+    **dict.fromkeys(recall.RECALL_NAMES, load_recall),
 }

@@ -12,6 +12,7 @@ from longctx_jax.data.byte_tokens import (
     DelimitedByteStream,
     DelimitedByteTokenizer,
 )
+from longctx_jax.data.recall import RowStream, RowTokenStream
 from longctx_jax.data.sentencepiece import SentencePieceTokenizer, load_tokenizer
 from longctx_jax.data.splits import resolve_data_dir
 from longctx_jax.data.streams import TextStream
@@ -57,9 +58,12 @@ def tokenize(stream: TextStream, tokenizer: Tokenizer) -> TokenStream:
     """Returns `stream` as tokens of `tokenizer`; a learned one encodes the text on first use.
 
     Raises:
-        ValueError: for samples of one size (images) without a separator of bytes.
+        ValueError: for samples of one size (images) without a separator of bytes, or rows of a
+            recall task with anything but bytes.
         NotImplementedError: for a tokenizer without a token stream.
     """
+    if isinstance(stream, RowStream):
+        return RowTokenStream(stream, tokenizer)
     if isinstance(tokenizer, DelimitedByteTokenizer):
         return DelimitedByteStream(stream, tokenizer)
     if stream.sample_bytes:

@@ -3,7 +3,8 @@
 The text is cut into a few stripes that advance in parallel, each with its own carried cache, so
 every token but the first of a stripe sees all that its cache can hold. Bits per byte are total bits
 over raw text bytes, whatever the tokenizer; separators of documents cost bits and stand for no
-byte. The first token of a text that no separator precedes is charged log(vocabulary size).
+byte. The first token of a text that no separator precedes is charged log(vocabulary size). Rows of
+recall tasks are passed on to `recall.py`.
 """
 
 import functools
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longctx_jax.data import RowBatches
+from longctx_jax.evaluation.recall import evaluate_rows
 from longctx_jax.models.base import Decoder, ModelCache
 from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree
@@ -37,7 +40,7 @@ def eval_step(
 def evaluate(
     model: Decoder,
     variables: dict[str, PyTree],
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[dict[str, Any]] | RowBatches,
     *,
     cache_len: int,
     first_token_bytes: int | None = 1,
@@ -47,7 +50,8 @@ def evaluate(
     """Returns the mean losses of a text given as stripes (`data.evaluation_stripes`).
 
     Args:
-        batches: windows in order, fields tokens, targets, weights, segment_ids, target_bytes.
+        batches: windows in order, fields tokens, targets, weights, segment_ids, target_bytes; or
+            rows of a recall task, of which only the answers count and nothing else is charged.
         cache_len: tokens that full attention looks back on.
         first_token_bytes: raw bytes of the text's first token, which is in no window; None = the
             windows have it.
@@ -56,11 +60,14 @@ def evaluate(
 
     Returns:
         bits_per_byte, nats_per_token, perplexity_per_token, perplexity_per_word (if n_words: the
-        exponential of all nats over the number of words), tokens, bytes.
+        exponential of all nats over the number of words), tokens, bytes; of a recall task also
+        accuracy, the share of right answers.
 
     Raises:
         ValueError: if the text is empty or the loss is not finite.
     """
+    if isinstance(batches, RowBatches):
+        return evaluate_rows(model, variables, batches, progress=progress)[0]
     cache: ModelCache | None = None
     n_tokens, n_bytes, nats = 0, 0, 0.0
     if first_token_bytes is not None:

@@ -74,7 +74,12 @@ class AssociativeMemory(nn.Module):
     def read(self, x: jax.Array, documents: jax.Array, cache: MemoryCache) -> jax.Array:
         """Returns what rows [batch, rows, model] recall of their own documents [batch, rows]."""
         features = self._features(self.query(x))
-        recalled = associative_read(features, cache.state, use_denominator=self.use_denominator)
+        recalled = associative_read(
+            features,
+            cache.state,
+            use_denominator=self.use_denominator,
+            precision=self._precision,
+        )
         recalled = jnp.moveaxis(recalled, 1, 2).reshape(*x.shape[:2], self.d_model)
         visible = documents == cache.document[:, None]
         return jnp.where(visible[..., None], recalled, 0).astype(x.dtype)
@@ -99,8 +104,14 @@ class AssociativeMemory(nn.Module):
             is_empty=jnp.broadcast_to(is_empty, (batch, self.n_heads)),
             correction=self.correction,
             use_denominator=self.use_denominator,
+            precision=self._precision,
         )
         return MemoryCache(state=state, document=document), gamma
+
+    @property
+    def _precision(self) -> str:
+        """The memory is ill-conditioned where keys overlap: no TF32, unless rows are coarser."""
+        return "default" if self.dtype == "bfloat16" else "highest"
 
     def _features(self, projected: jax.Array) -> jax.Array:
         """[batch, rows, d_memory] -> float32 features [batch, heads, rows, features]."""

@@ -257,3 +257,39 @@ def test_debug_shows_the_traceback(trained):
 
 def test_real_text_of_this_project_is_there():
     assert list(pathlib.Path(TEXT).parent.glob("*.py"))
+
+
+@pytest.mark.slow
+def test_recall_of_a_trained_run(tmp_path):
+    """Train, evaluate while training, measure at lengths beyond the trained one, draw."""
+    fields = {"data.name": "recall_associative", "data.order": "shuffled", "data.seq_len": 24}
+    fields |= {"data.recall.segment_len": 8, "data.recall.n_rows": 12, "eval.batch_size": 4}
+    fields |= {"model.name": "recurrent_memory", "model.memory.segment_len": 8}
+    fields |= {"model.memory.n_memory_tokens": 2, "model.memory.d_memory": 8}
+    changes = [f"--config.{name}={value}" for name, value in fields.items()]
+    done = script("train", *train_flags(tmp_path / "run", eval__max_bytes=0), *changes)
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    assert record["eval"]["tokens"] == 12 and 0 <= record["eval"]["accuracy"] <= 1
+    done = script("evaluate", f"--workdir={tmp_path / 'run'}", "--split=test")
+    assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] == 12
+    out = tmp_path / "rows.jsonl"
+    options = [f"--out={out}", "--segments=2,40", "--n_rows=6", "--batch_size=4"]
+    script("recall", f"--workdir={tmp_path}", *options)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    totals = [row for row in rows if row["is_total"]]
+    assert [(row["n_segments"], row["row_len"], row["n"]) for row in totals] == [
+        (2, 24, 6),
+        (40, 328, 6),
+    ]
+    for total in totals:
+        bins = [r for r in rows if r["n_segments"] == total["n_segments"] and not r["is_total"]]
+        assert sum(row["n"] for row in bins) == 6
+    assert all(row["model"] == "armt" and row["train_n_segments"] == 2 for row in rows)
+    assert all(row["command"].startswith("python -m scripts.recall") for row in rows)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recall_refuses_other_runs(trained):
+    assert "recall_associative" in mistake("recall", f"--workdir={trained}")
+    assert "got 0" in mistake("recall", f"--workdir={trained}", "--segments=2,0")
+    assert "got train" in mistake("recall", f"--workdir={trained}", "--split=train")

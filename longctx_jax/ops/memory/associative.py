@@ -54,12 +54,14 @@ def associative_read(
     state: MemoryState,
     *,
     use_denominator: bool = True,
+    precision: str = "highest",
 ) -> Float[Array, "*batch tokens value"]:
     """Returns what each query recalls, in the dtype of features; 0 from an empty memory.
 
     Args:
         features: of the queries, as `dpfp` makes them.
         use_denominator: divide by f . z + eps; without it y = f A.
+        precision: of the products on accelerators, as jax names it: "highest", "high", "default".
 
     Raises:
         ValueError: if the state is not one of these features.
@@ -67,7 +69,7 @@ def associative_read(
     Cost: 2 batch tokens features (value + 1) flops.
     """
     _require_state("associative_read", features, state)
-    return _recall(features, state, use_denominator)[0].astype(features.dtype)
+    return _recall(features, state, use_denominator, precision)[0].astype(features.dtype)
 
 
 def associative_write(
@@ -79,6 +81,7 @@ def associative_write(
     is_empty: Bool[Array, "*batch"] | None = None,
     correction: bool = True,
     use_denominator: bool = True,
+    precision: str = "highest",
 ) -> Written:
     """Returns the memory after writing all tokens at once.
 
@@ -91,6 +94,7 @@ def associative_write(
             the rule for an empty memory holds. None = nowhere.
         correction: gamma as above; without it gamma = 1.
         use_denominator: without it, the normalizer is left alone and vbar = f A.
+        precision: as of `associative_read`.
 
     Raises:
         ValueError: if the state is not one of these features.
@@ -104,7 +108,7 @@ def associative_write(
         jnp.where(is_empty[..., None, None], 0, state.matrix),
         jnp.where(is_empty[..., None], 0, state.normalizer),
     )
-    recalled, denominator = _recall(features, state, use_denominator)
+    recalled, denominator = _recall(features, state, use_denominator, precision)
     dtype = recalled.dtype
     features = features.astype(dtype)
     gamma = jnp.ones(features.shape[:-1], dtype)
@@ -113,26 +117,26 @@ def associative_write(
         gamma = jnp.clip(1 - denominator / (squared + EPS), 0, 1)
         gamma = jax.lax.stop_gradient(jnp.where(is_empty[..., None], 1, gamma))
     change = beta.astype(dtype)[..., None] * (value.astype(dtype) - recalled)
-    matrix = state.matrix + _einsum("...tf,...tv->...fv", features, change)
+    matrix = state.matrix + _einsum("...tf,...tv->...fv", features, change, precision)
     normalizer = state.normalizer
     if use_denominator:
-        normalizer = normalizer + _einsum("...tf,...t->...f", features, gamma)
+        normalizer = normalizer + _einsum("...tf,...t->...f", features, gamma, precision)
     return Written(MemoryState(matrix, normalizer), gamma)
 
 
-def _recall(features: jax.Array, state: MemoryState, use_denominator: bool):
+def _recall(features: jax.Array, state: MemoryState, use_denominator: bool, precision: str):
     dtype = accumulator(features, state.matrix)
     features = features.astype(dtype)
-    recalled = _einsum("...tf,...fv->...tv", features, state.matrix.astype(dtype))
-    denominator = _einsum("...tf,...f->...t", features, state.normalizer.astype(dtype)) + EPS
+    recalled = _einsum("...tf,...fv->...tv", features, state.matrix.astype(dtype), precision)
+    normalizer = state.normalizer.astype(dtype)
+    denominator = _einsum("...tf,...f->...t", features, normalizer, precision) + EPS
     if use_denominator:
         recalled = recalled / denominator[..., None]
     return recalled, denominator
 
 
-def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    # The memory is ill-conditioned where keys overlap: no TF32 here.
-    return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
+def _einsum(spec: str, left: jax.Array, right: jax.Array, precision: str) -> jax.Array:
+    return jnp.einsum(spec, left, right, precision=precision)
 
 
 def _require_state(name: str, features: jax.Array, state: MemoryState) -> None:
