@@ -4,19 +4,33 @@ Segments of 1,024 tokens and 128 memory tokens, as the diagonal-batching paper m
 as fast as full attention at 131,072 tokens there (1b). Run by diagonals. Vocabulary and data are
 PG-19's sub-words; train the tokenizer as configs/pg19/transformer_vq_1b3.py says.
 
-Source: Sivtsov et al. (2025), arXiv 2506.05229.
+Source: Sivtsov et al. (2025), arXiv 2506.05229; shapes: Touvron et al. (2023), arXiv 2302.13971;
+Grattafiori et al. (2024), arXiv 2407.21783.
 """
 
 import ml_collections
 
 from configs import base
-from longctx_jax.models.llama_shapes import llama_shape
+
+# Vocabulary and weights are not part of a shape; 160m has the sizes of GPT-2 small.
+SHAPES: dict[str, dict[str, int]] = {
+    "160m": {"n_layers": 12, "d_model": 768, "n_heads": 12, "n_kv_heads": 12, "d_ff": 3_072},
+    "1b": {"n_layers": 16, "d_model": 2_048, "n_heads": 32, "n_kv_heads": 8, "d_ff": 8_192},
+    "3b": {"n_layers": 28, "d_model": 3_072, "n_heads": 24, "n_kv_heads": 8, "d_ff": 8_192},
+    "8b": {"n_layers": 32, "d_model": 4_096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14_336},
+}
 
 
 def get_config(arg: str = "1b") -> ml_collections.ConfigDict:
     """Returns the config of the shape that `arg` names."""
+    name = arg or "1b"
+    if name not in SHAPES:
+        raise ValueError(
+            f"a LLaMA shape must be one of {list(SHAPES)}: got {name!r}; e.g. "
+            "--config=configs/llama_armt.py:1b"
+        )
     config = base.get_config()
-    config.model.update(llama_shape(arg or "1b"))
+    config.model.update(SHAPES[name])
     config.model.name = "recurrent_memory"
     config.model.schedule = "diagonal"
     config.model.vocab_size = 32_000

@@ -49,6 +49,7 @@ _RECORD = flags.DEFINE_bool(
 
 def measure(config: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of the suite that the flags ask for."""
+    from configs.llama_armt import SHAPES
     from longctx_jax.benchmarking import (
         decay_suite,
         decode_suite,
@@ -57,7 +58,6 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         vq_cases,
         vq_suite,
     )
-    from longctx_jax.models.llama_shapes import LLAMA_SHAPES
 
     suite = _SUITE.value
     parts_of = {
@@ -69,7 +69,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     known = parts_of.get(suite, ())
     _require_known("parts", _PARTS.value, known)
     _require_known("heads", _HEADS.value, vq_cases.HEADS if suite == "vq" else ())
-    _require_known("shapes", _SHAPES.value, tuple(LLAMA_SHAPES) if suite == "memory" else ())
+    _require_known("shapes", _SHAPES.value, tuple(SHAPES) if suite == "memory" else ())
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise common.UsageError(
             f"--lengths must be positive numbers of tokens: got {','.join(_LENGTHS.value)}"
@@ -97,7 +97,8 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         heads = _HEADS.value or vq_cases.HEADS
         return vq_suite.vq_rows(config, limits, parts, heads=heads, checkouts=checkouts)
     if suite == "memory":
-        return memory_suite.memory_rows(config, limits, parts, shapes=_SHAPES.value)
+        shapes = {name: SHAPES[name] for name in _SHAPES.value or ("160m", "1b")}
+        return memory_suite.memory_rows(config, limits, parts, shapes=shapes)
     return suites.train_rows(config, limits, parts)
 
 

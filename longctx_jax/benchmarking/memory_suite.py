@@ -14,6 +14,7 @@ Source of shapes and questions: Sivtsov et al. (2025), arXiv 2506.05229.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,7 +28,6 @@ from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.diagonal import diagonal_cells
-from longctx_jax.models.llama_shapes import LLAMA_SHAPES
 from longctx_jax.models.memory_cells import LayerCache, Rows
 from longctx_jax.models.recurrence import init_state, make_layers
 from longctx_jax.models.stack import layer_names
@@ -57,7 +57,9 @@ class Setting:
     dtype: str
 
 
-def setting(platform: str, limits: Limits, shapes: Sequence[str] = ()) -> Setting:
+def setting(
+    platform: str, limits: Limits, shapes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Setting:
     """Returns the sizes for a platform: tiny when quick."""
     if limits.is_quick:
         found = Setting({"tiny": SMALL}, (8,), (32,), (256, 512), 2, "float32")
@@ -66,15 +68,17 @@ def setting(platform: str, limits: Limits, shapes: Sequence[str] = ()) -> Settin
         found = Setting({"small": ON_CPU}, (64,), lengths, (4096, 16_384, 65_536), 8, "float32")
     else:
         lengths = tuple(2**k for k in range(12, 18))
-        names = shapes or ("160m", "1b")
-        chosen = {name: LLAMA_SHAPES[name] for name in names}
         long = (131_072, 524_288, 1_048_576)
-        found = Setting(chosen, (512, 1024, 2048, 4096), lengths, long, 128, "bfloat16")
+        found = Setting(shapes, (512, 1024, 2048, 4096), lengths, long, 128, "bfloat16")
     return dataclasses.replace(found, lengths=limits.lengths) if limits.lengths else found
 
 
 def memory_rows(
-    config: Any, limits: Limits, parts: Sequence[str] = PARTS, *, shapes: Sequence[str] = ()
+    config: Any,
+    limits: Limits,
+    parts: Sequence[str] = PARTS,
+    *,
+    shapes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Iterator[Row]:
     """Yields the rows of the suite, part after part.
 
@@ -82,7 +86,7 @@ def memory_rows(
         config: a whole config, of which the part "train" takes optim and train.loss_chunk_len.
         limits: how long to measure.
         parts: of `PARTS`, which to run.
-        shapes: of `LLAMA_SHAPES`, for GPUs; () = the smaller ones.
+        shapes: names and sizes (fields of config.model) of models to measure on a GPU.
     """
     sizes = setting(jax.default_backend(), limits, shapes)
     run = {

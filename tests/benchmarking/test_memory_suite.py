@@ -11,7 +11,6 @@ from longctx_jax.benchmarking.launches import count_launches
 from longctx_jax.benchmarking.schedule_figure import IDLE, USEFUL, draw_schedule, step_grid
 from longctx_jax.benchmarking.suites import Limits
 from longctx_jax.models.diagonal import diagonal_cells
-from longctx_jax.models.llama_shapes import LLAMA_SHAPES, llama_shape
 
 
 def launches(function, *inputs):
@@ -68,14 +67,14 @@ def test_ratios_are_of_one_round():
 
 
 def test_sizes_by_platform():
-    on_gpu = memory_suite.setting("gpu", Limits(), ("3b",))
+    on_gpu = memory_suite.setting("gpu", Limits(), {"3b": llama_armt.SHAPES["3b"]})
     assert list(on_gpu.shapes) == ["3b"] and on_gpu.dtype == "bfloat16"
     assert on_gpu.lengths[-1] == 131_072 and on_gpu.segment_lens == (512, 1024, 2048, 4096)
     assert memory_suite.setting("cpu", Limits(lengths=(256,))).lengths == (256,)
 
 
 def test_shapes_are_those_of_llama():
-    models = {name: llama_armt.get_config(name).model for name in LLAMA_SHAPES}
+    models = {name: llama_armt.get_config(name).model for name in llama_armt.SHAPES}
     assert {name: model.n_layers for name, model in models.items()} == {
         "160m": 12,
         "1b": 16,
@@ -83,7 +82,7 @@ def test_shapes_are_those_of_llama():
         "8b": 32,
     }
     with pytest.raises(ValueError, match="configs/llama_armt.py:1b"):
-        llama_shape("2b")
+        llama_armt.get_config("2b")
 
 
 @pytest.mark.slow

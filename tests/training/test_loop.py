@@ -188,6 +188,7 @@ def test_init_from_takes_the_averaged_weights(undisturbed, tmp_path, splits):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_memory_goes_around_trained_weights(undisturbed, tmp_path, splits):
     fields = {
         "train__init_from": str(undisturbed),
