@@ -134,6 +134,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.memory.correction = True  # armt: count a key in the normaliser only as far as it is new
     c.memory.use_denominator = True  # armt: recall weighted means; False = sums
     c.memory.normalize = False  # armt: features of length 1
+    c.memory.eps = 1e-5  # armt: added to denominators; 1e-5 as published, more = tamer training
     return c
 
 

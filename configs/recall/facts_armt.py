@@ -10,4 +10,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = passkey_armt.get_config(arg)
     config.data.name = "recall_facts"
     config.data.recall.n_facts = 3
+    config.data.seq_len = 48 * 4
     return config

@@ -129,14 +129,19 @@ def split_of(text: np.ndarray) -> str:
 
 
 def training_row(rows: RowStream, seed: int, vocab_size: int, index: int) -> dict[str, np.ndarray]:
-    """Returns row `index` of a run's training data: tokens, targets, weights, each [row_len].
+    """Returns row `index` of a run's training data: tokens, targets and weights, all [row_len].
 
     The last input is the end of the last answer; its target is a padding of weight 0.
     """
     row = rows.row(index, seed)
     tokens = row.text.astype(np.int32)
     check_ids(tokens, vocab_size, rows.name)
-    return {"tokens": tokens, "targets": targets_of(tokens), "weights": weights_of(row)}
+    return {
+        "tokens": tokens,
+        "targets": targets_of(tokens),
+        "weights": weights_of(row),
+        "model_weights": np.ones(tokens.size, np.float32),  # every token is one, asked or not
+    }
 
 
 def targets_of(tokens: np.ndarray) -> np.ndarray:

@@ -173,8 +173,10 @@ class MemoryConfig:
     correction: bool = True
     use_denominator: bool = True
     normalize: bool = False
+    eps: float = 1e-5
 
     def __post_init__(self):
+        require_positive("memory.eps", self.eps)
         require_one_of("memory.kind", self.kind, RECURRENCES)
         for field in ("segment_len", "n_memory_tokens", "d_memory", "nu", "n_heads"):
             require_positive(f"memory.{field}", getattr(self, field))

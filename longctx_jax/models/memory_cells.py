@@ -244,6 +244,7 @@ def make_associative(config: ModelConfig) -> AssociativeMemory:
         correction=memory.correction,
         use_denominator=memory.use_denominator,
         normalize=memory.normalize,
+        eps=memory.eps,
         dtype=config.dtype,
     )
 

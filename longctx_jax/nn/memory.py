@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from longctx_jax.nn.mlp import dense
 from longctx_jax.ops.memory import (
+    EPS,
     MemoryState,
     associative_read,
     associative_write,
@@ -46,6 +47,7 @@ class AssociativeMemory(nn.Module):
         correction: gamma corrects the normalizer for what a key recalls already.
         use_denominator: recalled values are weighted means, not sums.
         normalize: features have length 1: another model, of the authors' later experiments.
+        eps: added to denominators.
     """
 
     d_model: int
@@ -55,6 +57,7 @@ class AssociativeMemory(nn.Module):
     correction: bool
     use_denominator: bool
     normalize: bool
+    eps: float
     dtype: str
 
     def setup(self):
@@ -78,6 +81,7 @@ class AssociativeMemory(nn.Module):
             features,
             cache.state,
             use_denominator=self.use_denominator,
+            eps=self.eps,
             precision=self._precision,
         )
         recalled = jnp.moveaxis(recalled, 1, 2).reshape(*x.shape[:2], self.d_model)
@@ -104,6 +108,7 @@ class AssociativeMemory(nn.Module):
             is_empty=jnp.broadcast_to(is_empty, (batch, self.n_heads)),
             correction=self.correction,
             use_denominator=self.use_denominator,
+            eps=self.eps,
             precision=self._precision,
         )
         return MemoryCache(state=state, document=document), gamma
@@ -119,7 +124,8 @@ class AssociativeMemory(nn.Module):
         wide = wide.reshape(*wide.shape[:2], self.n_heads, -1)
         features = dpfp(jnp.moveaxis(wide, 2, 1), self.nu)
         if self.normalize:
-            features /= jnp.linalg.norm(features, axis=-1, keepdims=True) + 1e-6
+            # Not norm + eps: its gradient at 0 is not finite.
+            features *= jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + EPS**2)
         return features
 
     def init_cache(self, batch_size: int) -> MemoryCache:

@@ -44,8 +44,9 @@ def make_train_step(
         cache_len: tokens, of the empty cache that takes its place.
 
     Returns:
-        A function whose metrics are scalars: loss (nats a token), grad_norm, and one entry an
-        auxiliary loss and model metric.
+        A function of batches with tokens, targets, weights (of the loss, and of what the model
+        counts unless model_weights say otherwise), maybe segment_ids. Its metrics are scalars: loss
+        (nats a token), grad_norm, and one entry an auxiliary loss and model metric.
     """
 
     def loss_sum(params, model_state, batch, cache, key):
@@ -56,7 +57,7 @@ def make_train_step(
             batch["tokens"],
             cache,
             segment_ids=batch.get("segment_ids"),
-            weights=batch["weights"],
+            weights=batch.get("model_weights", batch["weights"]),
             rngs={"dropout": key},
             train=True,
         )

@@ -154,7 +154,8 @@ def test_rows_stay_as_they_are(load):
 def test_a_batch_weighs_answers_alone(load, case):
     config, splits = load(task_name(case), 4, **TASKS[case])
     batch = dataset(config, splits, seed=3)[5]
-    assert set(batch) == {"tokens", "targets", "weights"}
+    assert set(batch) == {"tokens", "targets", "weights", "model_weights"}
+    assert np.all(batch["model_weights"] == 1)
     for b in range(2):
         row = splits["train"].row(10 + b, 3)
         np.testing.assert_array_equal(batch["tokens"][b], row.text)

@@ -44,26 +44,27 @@ def test_an_impossible_order_is_refused(nu):
 
 
 @in_float64
+@pytest.mark.parametrize("eps", (EPS, 0.5))
 @pytest.mark.parametrize("correction", (True, False))
 @pytest.mark.parametrize("is_empty", (True, False))
-def test_write_and_read_equal_loops(is_empty, correction):
+def test_write_and_read_equal_loops(is_empty, correction, eps):
     features, value, beta, state = make_inputs()
     flags = jnp.full((BATCH,), is_empty)
-    options = {"is_empty": flags, "correction": correction}
+    options = {"is_empty": flags, "correction": correction, "eps": eps}
     new, gamma = memory.associative_write(features, value, beta, state, **options)
-    out = memory.associative_read(features, new)
+    out = memory.associative_read(features, new, eps=eps)
     clipped = []
     for row in range(BATCH):
         old = [np.asarray(leaf[row]) for leaf in state]
         if is_empty:
             old = [np.zeros_like(leaf) for leaf in old]  # what the memory held does not count
         arrays = (np.asarray(a[row]) for a in (features, value, beta))
-        options = {"is_empty": is_empty, "correction": correction}
+        options = {"is_empty": is_empty, "correction": correction, "eps": eps}
         matrix, normalizer, expected = reference.write(*arrays, *old, **options)
         assert_close(new.matrix[row], matrix, rel_rms=1e-14)
         assert_close(new.normalizer[row], normalizer, rel_rms=1e-14)
         assert_close(gamma[row], expected, rel_rms=1e-14)
-        recalled = [reference.read(np.asarray(f), matrix, normalizer) for f in features[row]]
+        recalled = [reference.read(np.asarray(f), matrix, normalizer, eps) for f in features[row]]
         assert_close(out[row], np.stack(recalled), rel_rms=1e-13)
         clipped.append(expected)
     if correction and not is_empty:  # both sides of the clip occur

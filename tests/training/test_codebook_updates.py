@@ -94,6 +94,19 @@ def test_padding_does_not_count():
     assert_close(added.sum(-1), np.full((1, 2), 0.25 * counted), rel_rms=1e-5)
 
 
+@pytest.mark.slow
+def test_model_weights_say_what_counts_where_the_loss_is_asked_little():
+    model, tx, state = start()
+    before = jax.tree.map(np.array, state.variables)
+    batch = make_batch()
+    after, metrics = update(
+        model, tx, state, batch | {"model_weights": np.ones((ROWS, SEQ), np.float32)}
+    )
+    added = codebooks(after.variables).counts - 0.75 * codebooks(before).counts
+    assert_close(added.sum(-1), np.full((1, 2), 0.25 * ROWS * SEQ), rel_rms=1e-5)
+    assert metrics["loss"] == pytest.approx(one_update()[3]["loss"], rel=1e-5)
+
+
 def test_the_optimizer_does_not_touch_codebooks():
     """Gradient clipping, weight decay and rates act on parameters, which have no codebook."""
     _, before, _, _ = one_update()

@@ -1,6 +1,7 @@
 """Associative memory: a matrix written by a delta rule and read with non-negative features."""
 
 from longctx_jax.ops.memory.associative import (
+    EPS,
     MemoryState,
     Written,
     associative_read,
@@ -10,6 +11,7 @@ from longctx_jax.ops.memory.associative import (
 from longctx_jax.ops.memory.features import dpfp, n_features
 
 __all__ = [
+    "EPS",
     "MemoryState",
     "Written",
     "associative_read",

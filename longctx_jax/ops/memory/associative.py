@@ -1,6 +1,6 @@
 """Read from and write to an associative memory (A, z): a mini-batch delta rule.
 
-With features f >= 0 of a query or a key, and eps = 1e-5,
+With features f >= 0 of a query or a key, and eps = 1e-5 as published,
 
     read    y_i   = (f_i A) / (f_i . z + eps)
     write   vbar_i = (f_i A) / (f_i . z + eps)                             what the key recalls now
@@ -54,6 +54,7 @@ def associative_read(
     state: MemoryState,
     *,
     use_denominator: bool = True,
+    eps: float = EPS,
     precision: str = "highest",
 ) -> Float[Array, "*batch tokens value"]:
     """Returns what each query recalls, in the dtype of features; 0 from an empty memory.
@@ -61,6 +62,8 @@ def associative_read(
     Args:
         features: of the queries, as `dpfp` makes them.
         use_denominator: divide by f . z + eps; without it y = f A.
+        eps: as above. Where gamma was clipped to 0, A was written and z was not, so a query may
+            meet f . z near 0 and be divided by eps: a larger one bounds what it recalls.
         precision: of the products on accelerators, as jax names it: "highest", "high", "default".
 
     Raises:
@@ -69,7 +72,7 @@ def associative_read(
     Cost: 2 batch tokens features (value + 1) flops.
     """
     _require_state("associative_read", features, state)
-    return _recall(features, state, use_denominator, precision)[0].astype(features.dtype)
+    return _recall(features, state, use_denominator, eps, precision)[0].astype(features.dtype)
 
 
 def associative_write(
@@ -81,6 +84,7 @@ def associative_write(
     is_empty: Bool[Array, "*batch"] | None = None,
     correction: bool = True,
     use_denominator: bool = True,
+    eps: float = EPS,
     precision: str = "highest",
 ) -> Written:
     """Returns the memory after writing all tokens at once.
@@ -94,6 +98,7 @@ def associative_write(
             the rule for an empty memory holds. None = nowhere.
         correction: gamma as above; without it gamma = 1.
         use_denominator: without it, the normalizer is left alone and vbar = f A.
+        eps: as of `associative_read`.
         precision: as of `associative_read`.
 
     Raises:
@@ -108,13 +113,13 @@ def associative_write(
         jnp.where(is_empty[..., None, None], 0, state.matrix),
         jnp.where(is_empty[..., None], 0, state.normalizer),
     )
-    recalled, denominator = _recall(features, state, use_denominator, precision)
+    recalled, denominator = _recall(features, state, use_denominator, eps, precision)
     dtype = recalled.dtype
     features = features.astype(dtype)
     gamma = jnp.ones(features.shape[:-1], dtype)
     if correction and use_denominator:
         squared = jnp.sum(features**2, axis=-1)
-        gamma = jnp.clip(1 - denominator / (squared + EPS), 0, 1)
+        gamma = jnp.clip(1 - denominator / (squared + eps), 0, 1)
         gamma = jax.lax.stop_gradient(jnp.where(is_empty[..., None], 1, gamma))
     change = beta.astype(dtype)[..., None] * (value.astype(dtype) - recalled)
     matrix = state.matrix + _einsum("...tf,...tv->...fv", features, change, precision)
@@ -124,12 +129,12 @@ def associative_write(
     return Written(MemoryState(matrix, normalizer), gamma)
 
 
-def _recall(features: jax.Array, state: MemoryState, use_denominator: bool, precision: str):
+def _recall(features, state: MemoryState, use_denominator: bool, eps: float, precision: str):
     dtype = accumulator(features, state.matrix)
     features = features.astype(dtype)
     recalled = _einsum("...tf,...fv->...tv", features, state.matrix.astype(dtype), precision)
     normalizer = state.normalizer.astype(dtype)
-    denominator = _einsum("...tf,...f->...t", features, normalizer, precision) + EPS
+    denominator = _einsum("...tf,...f->...t", features, normalizer, precision) + eps
     if use_denominator:
         recalled = recalled / denominator[..., None]
     return recalled, denominator
