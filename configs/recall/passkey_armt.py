@@ -5,6 +5,7 @@ rows after 100 updates. Then more segments, from these weights:
 
     python -m scripts.train --config=configs/recall/passkey_armt.py --workdir=runs/passkey_5 \
         --config.train.init_from=runs/passkey_2 --config.data.seq_len=288 \
+        --config.model.memory.eps=0.1 \
         --config.optim.learning_rate=5e-3 --config.train.n_steps=250
 """
 

@@ -139,7 +139,8 @@ def weights_of(model: Decoder) -> Any:
 def prefill_case(model: Decoder, seq: int, piece_len: int = 0) -> Case:
     """Returns the pass of one row over seq tokens, from an empty state to its last activation.
 
-    The state comes back, so memory does its last write too; full attention keeps its cache.
+    The state comes back, so memory does its last write too. Full attention gets no cache: filling
+    one costs time, and rules out the fastest kernel.
 
     Args:
         piece_len: tokens a call, a divisor of seq; 0 = one call.
@@ -151,13 +152,16 @@ def prefill_case(model: Decoder, seq: int, piece_len: int = 0) -> Case:
             out = model.hidden(variables, tokens[None], cache)
             return out.cache, out.hidden[:, -1]
 
+        if cache is None:
+            return model.hidden(variables, tokens).hidden[:, -1], None
         cache, last = jax.lax.scan(piece, cache, tokens.reshape(-1, piece_len or seq))
         return last[-1], cache
 
     def make_inputs(last):
         del last
         tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, seq), np.int32))
-        return weights_of(model), tokens, model.init_cache(1, seq)
+        has_state = model.config.recurrence != "none"
+        return weights_of(model), tokens, model.init_cache(1, seq) if has_state else None
 
     def inspect(inputs, output):
         # Of the pass without a state, which has no branches for streams that stand elsewhere.
