@@ -41,15 +41,15 @@ def count_launches(compiled: Any) -> int:
             opcode = found.group(1)
             if opcode == "while":
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                n += (int(trips.group(1)) if trips else 1) * total(body.group(1))
+                (body,) = re.findall(r"body=%?([\w.\-]+)", line)
+                n += (int(trips.group(1)) if trips else 1) * total(body)
             elif opcode == "conditional":
                 names = re.search(r"branch_computations=\{([^}]*)\}", line)
                 branches = names.group(1).split(",") if names else []
                 branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
                 n += max((total(b.strip().lstrip("%")) for b in branches), default=0)
             elif opcode == "call":
-                n += total(re.search(r"to_apply=%?([\w.\-]+)", line).group(1))
+                n += sum(map(total, re.findall(r"to_apply=%?([\w.\-]+)", line)))
             elif opcode not in FREE:
                 n += 1
         return n

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 Rows = Sequence[Mapping[str, Any]]
 Panel = tuple[str, Callable[[Axes], None]]
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "full attention": {"color": "0.4", "linestyle": ":", "marker": "v"},
     "armt sequential": {"color": "C1", "linestyle": "--", "marker": "s"},
     "armt diagonal": {"color": "C0", "linestyle": "-", "marker": "o"},

@@ -89,7 +89,7 @@ def shape_fields(model: ModelConfig, batch_size: int, seq_len: int) -> Row:
     return {"batch_size": batch_size, "seq_len": seq_len, **fields}
 
 
-def speed_fields(row: Row, n_tokens: int, flops_per_token: float) -> Row:
+def speed_fields(row: Row, n_tokens: float, flops_per_token: float) -> Row:
     """Returns tokens_per_s and model_flops_per_s at the row's median."""
     per_s = n_tokens / (row["median_ms"] / 1e3)
     return {

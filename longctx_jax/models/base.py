@@ -218,7 +218,7 @@ class Decoder:
             )
             x = norm(x)
         else:
-            before = None if layers is None else recurrence.State(layers, cache.segment)
+            before = None if cache is None else recurrence.State(cache.layers, cache.segment)
             parts = {"stack": params["stack"], "state": state["stack"], "memory": params["memory"]}
             x, after, aux = recurrence.apply_recurrence(
                 self.config, parts, x, documents, before, norm=norm, key=key, train=train

@@ -196,7 +196,7 @@ class MemoryLayer:
         mean = Mean(zero, zero)
         if gamma is not None:
             mean = Mean(jnp.sum(gamma).astype(jnp.float32), jnp.float32(gamma.size))
-        return aux.replace(metrics={**aux.metrics, "memory_gamma": mean})
+        return dataclasses.replace(aux, metrics={**aux.metrics, "memory_gamma": mean})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,11 +225,11 @@ class _Call:
         return document_tokens(memory, document, start)
 
     def read(self, x, documents, memory: MemoryCache):
-        module, params = self.layer.associative, self.layer_params[1]
+        module, params = make_associative(self.layer.config), self.layer_params[1]
         return x + call_module(module, params, x, documents, memory, method="read")
 
     def write(self, rows, document, memory: MemoryCache):
-        module, params = self.layer.associative, self.layer_params[1]
+        module, params = make_associative(self.layer.config), self.layer_params[1]
         return call_module(module, params, rows, document, memory, method="write")
 
 
@@ -265,8 +265,6 @@ def surround(documents: Documents, n_before: int, n_after: int) -> Documents:
     batch = documents.index.shape[0]
 
     def pad(x, fill=None):
-        if x is None:
-            return None
         ends = ((x[:, :1], n_before), (x[:, -1:], n_after))
         before, after = (
             jnp.broadcast_to(end if fill is None else jnp.asarray(fill, x.dtype), (batch, n))
@@ -278,4 +276,9 @@ def surround(documents: Documents, n_before: int, n_after: int) -> Documents:
     if reset is not None and n_before:
         # What resets in front of the segment's first token now does in front of its memory.
         reset = reset.at[:, 0].set(False)
-    return Documents(pad(documents.index), pad(reset, False), pad(documents.weights))
+    weights = documents.weights
+    return Documents(
+        pad(documents.index),
+        None if reset is None else pad(reset, False),
+        None if weights is None else pad(weights),
+    )

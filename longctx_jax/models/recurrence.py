@@ -17,6 +17,7 @@ Source: Bulatov et al. (2022), arXiv 2207.06881; Rodkin et al. (2024), arXiv 240
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -195,9 +196,10 @@ class _Run:
         segment_len = self.config.memory.segment_len
         # Nobody reads what the end of a lone segment would write.
         n_whole = seq // segment_len if seq > segment_len else 0
-        y, state, aux = x[:, :0], state, None
+        y, auxes = x[:, :0], []
         if n_whole:
             y, state, aux = self._whole_segments(x, documents, state, n_whole)
+            auxes.append(aux)
         if seq > n_whole * segment_len:
             x, documents = _after(n_whole * segment_len, x, documents)
             n_before = 0
@@ -208,11 +210,11 @@ class _Run:
                 documents = surround(documents, n_before, 0)
             rows = Rows(x, (), documents, jnp.int32(n_whole))
             caches = self._without_inner(state.layers)
-            rows, _, more = self._one("unfinished", rows, caches, n_whole)
+            rows, _, aux = self._one("unfinished", rows, caches, n_whole)
+            auxes.append(aux)
             tail = self.norm(rows.tokens)[:, n_before:]
             y = jnp.concatenate([y.astype(tail.dtype), tail], axis=1)
-            aux = more if aux is None else _add(aux, more)
-        return y, None, aux
+        return y, None, _sum(auxes)
 
     def from_segment_start(self, x, documents, state: State):
         """Whole segments, then the first tokens of the next one."""
@@ -220,8 +222,9 @@ class _Run:
         y, state, aux = self._whole_segments(x, documents, state, n_whole)
         n_done = n_whole * self.config.memory.segment_len
         if n_done < x.shape[1]:
-            tail, state, more = self.within_segment(*_after(n_done, x, documents), state)
-            y, aux = jnp.concatenate([y, tail], axis=1), _add(aux, more)
+            x, documents = _after(n_done, x, documents)
+            tail, state, more = self.within_segment(x, documents, state)
+            y, aux = jnp.concatenate([y, tail], axis=1), _sum([aux, more])
         return y, state, aux
 
     def within_segment(self, x, documents, state: State):
@@ -240,21 +243,19 @@ class _Run:
         rows, layers, aux = self._one("extend", rows, state.layers)
         auxes.append(aux)
         position = position + x.shape[1]
-        state = State(layers, state.segment.replace(position=position))
+        state = State(layers, dataclasses.replace(state.segment, position=position))
         is_last = position[0] == config.memory.segment_len
         state, aux = _when(is_last, lambda s: self._close(documents, s), state)
         auxes.append(aux)
-        total = auxes[0]
-        for aux in auxes[1:]:
-            total = _add(total, aux)
-        return self.norm(rows.tokens), state, total
+        return self.norm(rows.tokens), state, _sum(auxes)
 
     def in_pieces(self, length: int):
         """Returns what runs any tokens, `length` at a time; no piece may pass a segment's end."""
 
         def run(x, documents, state: State):
             def step(state, piece):
-                y, state, aux = self.within_segment(*piece, state)
+                x, documents = piece
+                y, state, aux = self.within_segment(x, documents, state)
                 return state, (y, aux)
 
             pieces = _cut(x.shape[1] // length, length, x, documents)
@@ -294,8 +295,8 @@ class _Run:
             if every:
                 kept = jax.lax.stop_gradient(memory.tokens)
                 kept = jnp.where(segment % every == 0, kept, memory.tokens)
-                memory = memory.replace(tokens=kept)
-            here = State(state.layers, state.segment.replace(memory=memory))
+                memory = dataclasses.replace(memory, tokens=kept)
+            here = State(state.layers, dataclasses.replace(state.segment, memory=memory))
             first, last = documents.index[:, 0], documents.index[:, -1]
             before, after = self._model_tokens(here, first), self._model_tokens(here, last)
             x = jnp.concatenate([before, x, after], axis=1)
@@ -318,7 +319,7 @@ class _Run:
         documents = one_document(first, memory.tokens.shape[1])
         rows = Rows(memory.tokens, (), documents, jnp.int32(0))
         _, layers, aux = self._one("extend", rows, state.layers)
-        return State(layers, state.segment.replace(memory=memory)), aux
+        return State(layers, dataclasses.replace(state.segment, memory=memory)), aux
 
     def _close(self, documents: Documents, state: State):
         last = documents.index[:, -1]
@@ -338,7 +339,7 @@ class _Run:
         position = jnp.zeros_like(state.segment.position)
         return State(layers, SegmentCache(position, memory)), aux
 
-    def _travelling(self, n: int, batch: int):
+    def _travelling(self, n: int, batch: int) -> Any:
         """ARMT's memory tokens for n segments; () where none travel."""
         if "tokens" not in self.params["memory"]:
             return ()
@@ -409,5 +410,5 @@ def _when(condition, function, state):
     return jax.lax.cond(condition, function, skip, state)
 
 
-def _add(left, right):
-    return jax.tree.map(jnp.add, left, right)
+def _sum(auxes):
+    return functools.reduce(lambda left, right: jax.tree.map(jnp.add, left, right), auxes)
