@@ -38,6 +38,7 @@ def make_row(name, ms, seq=128, pass_name="forward", part="main", **fields):
     return row | times | {"device": "cpu", "max_error": 1e-6} | fields
 
 
+@pytest.mark.slow
 def test_every_form_has_a_complete_row_or_a_reason():
     limits = Limits(n_runs=1, n_warmup=0, is_quick=True, lengths=(16,))
     rows = list(decay_suite.decay_rows(limits, ("main", "per_token"), with_peers=True))

@@ -314,9 +314,8 @@ def test_a_model_with_dropout_and_a_ragged_tail(name, model_fields):
         assert_trees_close(model_gradients(fields, schedule), expected, rel_rms=1e-5)
 
 
-@pytest.mark.parametrize(
-    "schedule", ["diagonal", pytest.param("layerwise", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["diagonal", "layerwise"])
 def test_segments_change_nothing_without_dropout(schedule, model_fields):
     fields = model_fields("decay")
     whole = build_model(fields)
