@@ -200,7 +200,9 @@ def run_schedule(name, schedule, n_layers, n_tokens):
 def test_the_diagonal_is_the_sequence():
     """Forward only; gradients and caches below."""
     expected = one_call("armt", False, schedule="sequential", n_layers=3)
-    assert_close(one_call("armt", False, schedule="diagonal", n_layers=3), expected, rel_rms=1e-12)
+    # One bucket: on the ramps layers run that have nothing to do, and must not write.
+    found = one_call("armt", False, schedule="diagonal", n_layers=3, n_ramp_buckets=1)
+    assert_close(found, expected, rel_rms=1e-12)
 
 
 @in_float64
