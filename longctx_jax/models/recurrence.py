@@ -233,8 +233,7 @@ class _Run:
         auxes = []
         if config.recurrence != "armt":  # memory tokens in front of the first token
             is_first = position[0] == 0
-            opened, aux = _when(is_first, lambda s: self._open(documents, s), state)
-            state = opened
+            state, aux = _when(is_first, lambda s: self._open(documents, s), state)
             auxes.append(aux)
             if documents.reset is not None:  # the memory in front resets what there is to reset
                 reset = documents.reset.at[:, 0].set(documents.reset[:, 0] & ~is_first)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from longctx_jax.data.recall import RECALL_NAMES
+
 
 def check_curriculum(config: Any) -> None:
     """Raises ValueError unless config.train.curriculum_* fit each other and the data."""
@@ -20,6 +22,12 @@ def check_curriculum(config: Any) -> None:
         )
     if not starts:
         return
+    if config.data.name in RECALL_NAMES:
+        raise ValueError(
+            "config.train.curriculum_lens would cut questions from their facts: got "
+            f"{lens} with config.data.name={config.data.name!r}; leave it empty, and go from "
+            "short rows to long ones with config.data.seq_len and config.train.init_from"
+        )
     if starts[0] != 0 or list(starts) != sorted(set(starts)):
         raise ValueError(
             f"config.train.curriculum_starts must rise from 0: got {starts}; start with step 0"

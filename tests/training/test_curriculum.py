@@ -36,6 +36,13 @@ MISTAKES = [
 ]
 
 
+def test_rows_with_a_question_at_the_end_stay_whole():
+    config = make(curriculum_starts=(0,), curriculum_lens=(4,))
+    config.data.name = "recall_passkey"
+    with pytest.raises(ValueError, match="would cut questions from their facts"):
+        check_curriculum(config)
+
+
 @pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=str)
 def test_mistakes_name_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
