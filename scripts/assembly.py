@@ -16,7 +16,9 @@ from longctx_jax.evaluation.language_modeling import evaluate
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.training.checkpoint import Checkpointer
-from longctx_jax.training.loop import CONFIG_FILE, TrainData, TrainState
+from longctx_jax.training.loop import TrainData
+from longctx_jax.training.start import CONFIG_FILE
+from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
 
 

@@ -29,7 +29,7 @@ from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.diagonal import diagonal_cells
 from longctx_jax.models.memory_cells import LayerCache, Rows
-from longctx_jax.models.recurrence import init_state, make_layers
+from longctx_jax.models.recurrence_state import init_state, make_layers
 from longctx_jax.models.stack import layer_names
 from longctx_jax.nn.contract import Documents
 

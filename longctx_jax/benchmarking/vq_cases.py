@@ -22,7 +22,8 @@ import numpy as np
 
 from longctx_jax.benchmarking import flops
 from longctx_jax.benchmarking.timing import Case, Row
-from longctx_jax.models.config import ModelConfig, VQConfig
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.mixer_configs import VQConfig
 from longctx_jax.models.stack import MIXERS
 from longctx_jax.nn.contract import no_aux
 from longctx_jax.nn.mlp import dense

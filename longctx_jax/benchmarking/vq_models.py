@@ -21,7 +21,8 @@ from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.benchmarking.vq_cases import HEADS
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder, ModelCache
-from longctx_jax.models.config import ModelConfig, VQConfig
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.mixer_configs import VQConfig
 from longctx_jax.nn.kv_cache import KVCache
 from longctx_jax.ops.vq import VQState
 

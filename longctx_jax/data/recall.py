@@ -3,8 +3,8 @@
 A row is `config.data.seq_len` bytes and stands alone: nothing is carried from one to the next, and
 only answers count in the loss. Which rows a split may have is decided by a hash of their bytes (one
 half train, a quarter each validate and test), so no two splits share one, whatever the seeds.
-Training rows never end. Not here: what is in a row (`recall_tasks.py`), accuracy
-(`evaluation/recall.py`).
+Training rows never end. Not here: what is in a row (`recall_tasks.py`, `recall_text_tasks.py`),
+accuracy (`evaluation/recall.py`).
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from longctx_jax.data.byte_tokens import ByteTokenStream
-from longctx_jax.data.recall_tasks import Associative, Facts, Passkey, Row, Task
+from longctx_jax.data.recall_tasks import Associative, Row, Task
+from longctx_jax.data.recall_text_tasks import Facts, Passkey
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
 from longctx_jax.data.streams import TextStream
 from longctx_jax.data.tokens import Tokenizer, check_ids

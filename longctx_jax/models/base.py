@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.models import recurrence
+from longctx_jax.models import recurrence, recurrence_state
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.stack import (
     apply_stack,
@@ -80,7 +80,7 @@ class Decoder:
         }
         if self.config.recurrence != "none":
             memory_key = jax.random.fold_in(stack_key, 2**31 - 1)
-            params["memory"] = recurrence.init_recurrence(self.config, memory_key)
+            params["memory"] = recurrence_state.init_recurrence(self.config, memory_key)
         return {"params": params, "model_state": {"stack": state} if state else {}}
 
     @property
@@ -88,13 +88,13 @@ class Decoder:
         """The model without its recurrent memory; None if it has none."""
         if self.config.recurrence == "none":
             return None
-        return Decoder(recurrence.backbone_config(self.config))
+        return Decoder(recurrence_state.backbone_config(self.config))
 
     def add_memory(
         self, fresh: dict[str, PyTree], backbone: dict[str, PyTree]
     ) -> dict[str, PyTree]:
         """Returns variables of `backbone`, with the memory of this model's `fresh` variables."""
-        return recurrence.add_memory(self.config, fresh, backbone)
+        return recurrence_state.add_memory(self.config, fresh, backbone)
 
     def update_model_state(self, model_state: PyTree, aux: tuple[Aux, ...], key: PRNGKey) -> PyTree:
         """Returns the non-gradient state after an update: codebooks moved by what `aux` counted.
@@ -133,7 +133,7 @@ class Decoder:
         if self.config.recurrence == "none":
             layers = init_stack_cache(self.config, batch_size, max_len)
         else:
-            layers, segment = recurrence.init_state(self.config, batch_size, max_len)
+            layers, segment = recurrence_state.init_state(self.config, batch_size, max_len)
         return ModelCache(
             layers=layers,
             last_segment_id=jnp.full((batch_size,), -1, jnp.int32),
@@ -218,7 +218,7 @@ class Decoder:
             )
             x = norm(x)
         else:
-            before = None if cache is None else recurrence.State(cache.layers, cache.segment)
+            before = None if cache is None else recurrence_state.State(cache.layers, cache.segment)
             parts = {"stack": params["stack"], "state": state["stack"], "memory": params["memory"]}
             x, after, aux = recurrence.apply_recurrence(
                 self.config, parts, x, documents, before, norm=norm, key=key, train=train

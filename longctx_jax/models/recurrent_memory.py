@@ -8,7 +8,8 @@ and layer-wise tokens); Sivtsov et al. (2025), arXiv 2506.05229 (the family, and
 """
 
 from longctx_jax.models.base import Decoder
-from longctx_jax.models.config import ModelConfig, require_one_of
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.config_checks import require_one_of
 from longctx_jax.models.stack import KINDS, MIXERS
 
 

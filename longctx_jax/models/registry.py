@@ -4,7 +4,8 @@ from typing import Any
 
 from longctx_jax.models import decay, recurrent_memory, transformer, transformer_vq
 from longctx_jax.models.base import Decoder
-from longctx_jax.models.config import model_config, require_one_of
+from longctx_jax.models.config import model_config
+from longctx_jax.models.config_checks import require_one_of
 
 MODELS = {
     "transformer": transformer.build,

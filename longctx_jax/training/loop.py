@@ -8,7 +8,6 @@ and SIGINT save and return.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -20,35 +19,27 @@ from typing import Any
 
 import grain
 import jax
-from absl import logging
 
 from longctx_jax.data import make_iterator
-from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.ops.losses import NATS_PER_BIT
-from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
-from longctx_jax.training.curriculum import check_curriculum, cut_rows, row_len
+from longctx_jax.training.checkpoint import Checkpointer
+from longctx_jax.training.curriculum import cut_rows, row_len
 from longctx_jax.training.metrics import METRICS_FILE, CompositeWriter, make_writer, read_records
 from longctx_jax.training.optimizer import make_optimizer
+from longctx_jax.training.start import (
+    CONFIG_FILE,
+    carried_cache_len,
+    check_config,
+    require_same_config,
+    resolved,
+    with_weights_of,
+    write_json,
+)
 from longctx_jax.training.state import TrainState, init_state
 from longctx_jax.training.step import make_train_step
 
-CONFIG_FILE = "config.json"
 DONE_FILE = "DONE.json"
-# Fields that may change when a run is started again: they do not touch the state.
-FREE_FIELDS = (
-    "train.n_steps",
-    "train.checkpoint_every",
-    "train.keep_latest",
-    "train.keep_every",
-    "train.profile_start",
-    "train.profile_steps",
-    "data.data_dir",
-    "data.download",
-    "data.n_workers",
-    "eval.",
-    "log.",
-)
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 
@@ -98,16 +89,14 @@ def train(
         CheckpointError: saving failed; older checkpoints are intact.
     """
     workdir = pathlib.Path(workdir)
-    _check(config)
+    check_config(config)
     require_same_config(workdir, config)
     checkpointer = Checkpointer(
         workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
     )
     with _stop_on_signals() as stop:
         run = _Run(config, workdir, model, data, evaluate, checkpointer)
-        write_json(
-            workdir / CONFIG_FILE, _resolved(config)
-        )  # the run is possible: claim the folder
+        write_json(workdir / CONFIG_FILE, resolved(config))  # the run is possible: claim the folder
         try:
             return run.go(stop)
         finally:
@@ -206,7 +195,7 @@ class _Run:
             return restored.state
         state = fresh()
         if train_config.init_from:
-            state = _with_weights_of(train_config.init_from, self.model, state)
+            state = with_weights_of(train_config.init_from, self.model, state)
         return state
 
     def _report(self) -> None:
@@ -297,130 +286,6 @@ class _Window:
         loss, speed = sum(self._losses) / len(self._losses), len(self._losses) / max(seconds, 1e-9)
         self.restart()
         return loss, speed
-
-
-def _resolved(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def require_same_config(workdir: pathlib.Path, config: Any) -> None:
-    """Checks that the folder's run, if it has saved anything, has the same config.
-
-    Raises:
-        ValueError: if it differs in a field that touches the state; names the fields.
-    """
-    path = workdir / CONFIG_FILE
-    if path.exists() and has_checkpoints(workdir):
-        before = _flatten(json.loads(path.read_text()))
-        now = _flatten(_resolved(config))
-        changed = {
-            name: (before.get(name), now.get(name))
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        }
-        fixed = {n: v for n, v in changed.items() if not n.startswith(FREE_FIELDS)}
-        if fixed:
-            shown = ", ".join(f"config.{n}: {a!r} there, {b!r} here" for n, (a, b) in fixed.items())
-            raise ValueError(
-                f"a work directory belongs to one config: {workdir} has another one ({shown}); use "
-                "a new --workdir (config.train.init_from takes weights over), or the old values"
-            )
-        for name, (was, value) in changed.items():
-            logging.warning("config.%s was %r and is %r from here on", name, was, value)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that the file is either the old or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainState:
-    """Returns the state with another run's newest weights, averaged ones where it keeps them.
-
-    A model with recurrent memory also takes those of a run without: its memory starts fresh.
-    """
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    if not (path.is_file() and has_checkpoints(pathlib.Path(workdir))):
-        raise FileNotFoundError(
-            f"config.train.init_from must be the folder of a run with a checkpoint: {workdir} has "
-            "none; name another folder, or train that run first"
-        )
-    given = json.loads(path.read_text())
-    field = "ema" if given["train"]["ema_decay"] > 0 else "params"
-    variables = {"params": state.params, "model_state": state.model_state}
-    backbone = None
-    if model.backbone is not None and build_model(given["model"]).backbone is None:
-        backbone = jax.eval_shape(model.backbone.init, jax.random.key(0))
-    wanted = variables if backbone is None else backbone
-    template = {field: wanted["params"], "model_state": wanted["model_state"]}
-    try:
-        restored = Checkpointer(workdir, is_read_only=True).restore_latest(template)
-    except (ValueError, CheckpointError) as error:
-        raise ValueError(
-            f"config.train.init_from must be a whole run of the same model: {workdir}: {error}"
-        ) from error
-    assert restored is not None
-    logging.info("weights=%s from=%s step=%d", field, workdir, restored.step)
-    taken = {"params": restored.state[field], "model_state": restored.state["model_state"]}
-    if backbone is not None:
-        taken = model.add_memory(variables, taken)
-    ema = jax.tree.map(lambda x: x.copy(), taken["params"]) if state.ema else {}
-    return dataclasses.replace(state, ema=ema, **taken)
-
-
-def carried_cache_len(config: Any) -> int:
-    """Returns the tokens that attention keeps from window to window; 0 = nothing is carried."""
-    if not config.train.carry_cache or config.data.order != "stripes":
-        return 0
-    return config.train.cache_len or config.data.seq_len
-
-
-def _check(config: Any) -> None:
-    for field in ("n_steps", "checkpoint_every", "n_microbatches"):
-        if config.train[field] < 1:
-            raise ValueError(
-                f"config.train.{field} must be at least 1: got {config.train[field]}; set it higher"
-            )
-    if config.train.cold_start_every < 0:
-        raise ValueError(
-            "config.train.cold_start_every must not be negative: got "
-            f"{config.train.cold_start_every}; 0 is never"
-        )
-    check_curriculum(config)
-    if config.log.every < 1:
-        raise ValueError(f"config.log.every must be at least 1: got {config.log.every}; use 20")
-    batch, micro = config.data.global_batch_size, config.train.n_microbatches
-    if batch % micro:
-        raise ValueError(
-            f"config.train.n_microbatches must divide config.data.global_batch_size: got {micro} "
-            f"and {batch}; choose a divisor"
-        )
-    if config.eval.batch_size < 1:
-        raise ValueError(
-            f"config.eval.batch_size must be at least 1: got {config.eval.batch_size}; use 8"
-        )
-    for field in ("every", "max_bytes", "seq_len", "cache_len"):
-        if config.eval[field] < 0:
-            raise ValueError(
-                f"config.eval.{field} must not be negative: got {config.eval[field]}; 0 is the "
-                "default"
-            )
-    if not 0.0 <= config.train.ema_decay < 1.0:
-        raise ValueError(
-            f"config.train.ema_decay must be in [0, 1): got {config.train.ema_decay}; 0 is off"
-        )
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ gradient.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +17,10 @@ import optax
 from longctx_jax.models.base import Decoder, ModelCache
 from longctx_jax.ops.losses import chunked_token_nll
 from longctx_jax.training.state import TrainState
-from longctx_jax.typing import PyTree
+from longctx_jax.typing import PRNGKey, PyTree
 
 Batch = Mapping[str, Any]  # numpy or jax arrays [rows, seq]
+Sums = dict[str, Any]  # over the tokens of a batch: nll, tokens (their weights), aux (of the model)
 STATE_KEY = 2**31 - 1  # folded in for updates of model_state; micro-batches fold in 0, 1, ...
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -49,91 +51,139 @@ def make_train_step(
         (nats a token), grad_norm, and one entry an auxiliary loss and model metric.
     """
 
-    def loss_sum(params, model_state, batch, cache, key):
-        """Sum of losses over tokens, with everything that is not differentiated."""
-        variables = {"params": params, "model_state": model_state}
-        out = model.hidden(
-            variables,
-            batch["tokens"],
-            cache,
-            segment_ids=batch.get("segment_ids"),
-            weights=batch.get("model_weights", batch["weights"]),
-            rngs={"dropout": key},
-            train=True,
-        )
-        nll = chunked_token_nll(
-            out.hidden,
-            model.unembedding(variables),
-            batch["targets"],
-            chunk_len=loss_chunk_len,
-        )
-        nll = jnp.sum(nll * batch["weights"])
-        extra = sum((jnp.sum(loss) for loss in jax.tree.leaves(_losses(out.aux))), start=0.0)
-        tokens = jnp.sum(batch["weights"])
-        return nll + extra, (out.cache, {"nll": nll, "tokens": tokens, "aux": out.aux})
-
-    def gradients(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
         cache = state.cache if isinstance(state.cache, ModelCache) else None
         if cache is not None and cold_start_every:
             empty = model.init_cache(batch["tokens"].shape[0], cache_len)
-            is_start = state.step % cold_start_every == 0
-            cache = jax.tree.map(lambda new, old: jnp.where(is_start, new, old), empty, cache)
+            cache = _cold_start(cache, empty, state.step % cold_start_every == 0)
 
-        def one(batch, cache, index):
+        def gradients(batch, cache, index):
             micro_key = jax.random.fold_in(key, index)
-            value = jax.value_and_grad(loss_sum, has_aux=True)
-            (_, (cache, sums)), grads = value(
-                state.params, state.model_state, batch, cache, micro_key
-            )
-            return cache, (grads, sums)
+            return _gradients(model, loss_chunk_len, state, batch, cache, micro_key)
 
         if n_microbatches == 1:
-            return one(batch, cache, 0)
-        micro = jax.tree.map(lambda x: _split(x, n_microbatches, 0), batch)
-        caches = split_cache_rows(cache, n_microbatches)
-
-        def add(total, inputs):
-            index, batch, cache = inputs
-            cache, new = one(batch, cache, index)
-            return jax.tree.map(jnp.add, total, new), cache
-
-        first = jax.tree.map(lambda x: x[0], (micro, caches))
-        shapes = jax.eval_shape(lambda pair: one(pair[0], pair[1], 0)[1], first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, caches = jax.lax.scan(add, zeros, (jnp.arange(n_microbatches), micro, caches))
-        return merge_cache_rows(caches), total
-
-    def train_step(state: TrainState, batch: Batch):
-        cache, (grads, sums) = gradients(state, batch)
+            cache, (grads, sums) = gradients(batch, cache, 0)
+        else:
+            cache, (grads, sums) = _summed(gradients, batch, cache, n_microbatches)
         grads = jax.tree.map(lambda g: g / sums["tokens"], grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay:
-            # Early on the average follows the weights instead of remembering their start.
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), STATE_KEY)
-        model_state = model.update_model_state(state.model_state, sums["aux"], key)
-        metrics = {
-            "loss": sums["nll"] / sums["tokens"],
-            "grad_norm": optax.tree.norm(grads),
-            **_named_metrics(sums),
-            **model.describe_model_state(model_state),
-        }
-        state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=ema,
-            model_state=model_state,
-            cache=state.cache if cache is None else cache,
-        )
-        return state, metrics
+        return _updated(model, tx, ema_decay, state, grads, sums, cache)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _loss_sum(
+    model: Decoder,
+    loss_chunk_len: int,
+    params: PyTree,
+    model_state: PyTree,
+    batch: Batch,
+    cache: ModelCache | None,
+    key: PRNGKey,
+) -> tuple[jax.Array, tuple[ModelCache | None, Sums]]:
+    """Sum of losses over tokens, with everything that is not differentiated."""
+    variables = {"params": params, "model_state": model_state}
+    out = model.hidden(
+        variables,
+        batch["tokens"],
+        cache,
+        segment_ids=batch.get("segment_ids"),
+        weights=batch.get("model_weights", batch["weights"]),
+        rngs={"dropout": key},
+        train=True,
+    )
+    nll = chunked_token_nll(
+        out.hidden,
+        model.unembedding(variables),
+        batch["targets"],
+        chunk_len=loss_chunk_len,
+    )
+    nll = jnp.sum(nll * batch["weights"])
+    extra = sum((jnp.sum(loss) for loss in jax.tree.leaves(_losses(out.aux))), start=0.0)
+    tokens = jnp.sum(batch["weights"])
+    return nll + extra, (out.cache, {"nll": nll, "tokens": tokens, "aux": out.aux})
+
+
+def _gradients(
+    model: Decoder,
+    loss_chunk_len: int,
+    state: TrainState,
+    batch: Batch,
+    cache: ModelCache | None,
+    key: PRNGKey,
+) -> tuple[ModelCache | None, tuple[PyTree, Sums]]:
+    """Returns (cache, (gradient of the sum of losses, sums)) of one micro-batch."""
+    loss_sum = functools.partial(_loss_sum, model, loss_chunk_len)
+    value = jax.value_and_grad(loss_sum, has_aux=True)
+    (_, (cache, sums)), grads = value(state.params, state.model_state, batch, cache, key)
+    return cache, (grads, sums)
+
+
+def _summed(
+    gradients: Callable[[Any, Any, Any], tuple[Any, tuple[PyTree, Sums]]],
+    batch: Batch,
+    cache: ModelCache | None,
+    n: int,
+) -> tuple[ModelCache | None, tuple[PyTree, Sums]]:
+    """Returns `gradients(batch, cache, index)` summed over n micro-batches, one after another."""
+    micro = jax.tree.map(lambda x: _split(x, n, 0), batch)
+    caches = split_cache_rows(cache, n)
+
+    def add(total, inputs):
+        index, batch, cache = inputs
+        cache, new = gradients(batch, cache, index)
+        return jax.tree.map(jnp.add, total, new), cache
+
+    first = jax.tree.map(lambda x: x[0], (micro, caches))
+    shapes = jax.eval_shape(lambda pair: gradients(pair[0], pair[1], 0)[1], first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, caches = jax.lax.scan(add, zeros, (jnp.arange(n), micro, caches))
+    return merge_cache_rows(caches), total
+
+
+def _updated(
+    model: Decoder,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    state: TrainState,
+    grads: PyTree,
+    sums: Sums,
+    cache: ModelCache | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the next state and the metrics; the gradient is that of the mean over tokens."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = _average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), STATE_KEY)
+    model_state = model.update_model_state(state.model_state, sums["aux"], key)
+    metrics = {
+        "loss": sums["nll"] / sums["tokens"],
+        "grad_norm": optax.tree.norm(grads),
+        **_named_metrics(sums),
+        **model.describe_model_state(model_state),
+    }
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=ema,
+        model_state=model_state,
+        cache=state.cache if cache is None else cache,
+    )
+    return state, metrics
+
+
+def _cold_start(cache: ModelCache, empty: ModelCache, is_start: jax.Array) -> ModelCache:
+    """Returns the empty cache where a cold start is due, else the carried one."""
+    return jax.tree.map(lambda new, old: jnp.where(is_start, new, old), empty, cache)
+
+
+def _average(ema: PyTree, params: PyTree, step: jax.Array, ema_decay: float) -> PyTree:
+    """Returns the average of the weights with the new ones in it."""
+    # Early on the average follows the weights instead of remembering their start.
+    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
 
 
 def _losses(aux: Any) -> dict[str, list[jax.Array]]:
@@ -149,7 +199,7 @@ def _positions(aux: Any) -> list[Any]:
     return list(aux) if isinstance(aux, tuple) else [aux]
 
 
-def _named_metrics(sums: dict[str, Any]) -> dict[str, jax.Array]:
+def _named_metrics(sums: Sums) -> dict[str, jax.Array]:
     metrics = {name: sum(x) / sums["tokens"] for name, x in _losses(sums["aux"]).items()}
     means: dict[str, tuple[jax.Array, jax.Array]] = {}
     for one in _positions(sums["aux"]):

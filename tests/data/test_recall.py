@@ -8,8 +8,8 @@ import pytest
 
 from configs import base
 from longctx_jax import data
-from longctx_jax.data import recall_tasks
 from longctx_jax.data.recall import split_of
+from longctx_jax.data.recall_text_tasks import Facts, Passkey
 from longctx_jax.data.streams import concatenate
 
 BOOKS = b"".join(b"It was the %dth day, and nobody had said a word.\n" % i for i in range(900))
@@ -286,8 +286,8 @@ def has_row(stream):
 
 def test_noise_that_holds_a_fact_is_drawn_again():
     text = concatenate("noise", [b"Mary went to the garden. " * 100])
-    task = recall_tasks.Facts(128, 2, 2, n_facts=3, chain=False)
+    task = Facts(128, 2, 2, n_facts=3, chain=False)
     assert task.draw(np.random.default_rng(0), text) is None
     text = concatenate("noise", [b"the pass key is lost. " * 100])
-    task = recall_tasks.Passkey(128, 2, 2, n_digits=5)
+    task = Passkey(128, 2, 2, n_digits=5)
     assert task.draw(np.random.default_rng(0), text) is None

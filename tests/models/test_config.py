@@ -8,7 +8,8 @@ import pytest
 
 from configs import base
 from longctx_jax.models import build_model
-from longctx_jax.models.config import ModelConfig, model_config, nearest_divisor
+from longctx_jax.models.config import ModelConfig, model_config
+from longctx_jax.models.config_checks import nearest_divisor
 from longctx_jax.models.stack import layer_places
 from tests.helpers import assert_close, assert_trees_close, random_variables
 

@@ -9,7 +9,7 @@ import pytest
 
 from longctx_jax.models import build_model
 from longctx_jax.models.memory_cells import surround
-from longctx_jax.models.recurrence import make_layers
+from longctx_jax.models.recurrence_state import make_layers
 from longctx_jax.models.stack import call_module
 from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.norms import make_norm
