@@ -160,8 +160,8 @@ def test_the_figure_draws_the_newest_rows():
 def test_the_sweep_compares_equal_sizes():
     sizes = []
     for override in recall_models.get_sweep():
-        config = associative_armt.get_config()
+        config = passkey_armt.get_config()
         config.update_from_flattened_dict(override)
         shapes = jax.eval_shape(build_model(config.model).init, jax.random.key(0))
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])))
-    assert len(sizes) == 6 and max(sizes) / min(sizes) < 1.005
+    assert len(sizes) == 8 and max(sizes) / min(sizes) < 1.005

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.command_lines import run_all
+
 PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
@@ -16,45 +18,51 @@ def run_benchmark(*arguments, timeout=60):
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize(
-    "arguments, text",
-    [
-        ([], "--suite is required"),
-        (["--suite=qv"], "train|decode|decay|vq"),
-        (["--suite=train", "--n_runs=0"], "n_runs"),
-        (["--suite=train", "--config=configs/nope.py"], "configs/nope.py"),
-    ],
-)
-def test_a_wrong_command_line_is_one_paragraph(arguments, text):
-    done = run_benchmark(*arguments)
+ONE_PARAGRAPH = {
+    (): "--suite is required",
+    ("--suite=qv",): "train|decode|decay|vq",
+    ("--suite=train", "--n_runs=0"): "n_runs",
+    ("--suite=train", "--config=configs/nope.py"): "configs/nope.py",
+}
+USAGE = {
+    "--suite=train --parts=modles": "models, lengths, schedules",
+    "--suite=decay --parts=models": "main, grid, float32, per_token, long",
+    "--suite=train --lengths=1k": "numbers of tokens",
+    "--suite=decode --peers=all": "got decode and all",
+    "--suite=decode --record": "belongs to --suite=decay",
+    "--suite=decay --peers=fla": "--peers must be among all in the suite decay: got fla",
+    "--suite=decode --heads=mha": "--heads must be among none in the suite decode: got mha",
+    "--suite=vq --parts=main": "layer, slope, codes, blocks, reductions, search, model",
+    "--suite=vq --heads=gqa": "--heads must be among shga, mqa, mha in the suite vq: got gqa",
+    "--suite=decay --quick --record": "leave one of them out",
+}
+NO_CHECKOUT = ("--suite=vq", "--peers=no/such/folder")
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """What became of every command line above."""
+    lines = [*ONE_PARAGRAPH, *(tuple(line.split()) for line in USAGE), NO_CHECKOUT]
+    return dict(zip(lines, run_all([("benchmark", *line) for line in lines]), strict=True))
+
+
+@pytest.mark.parametrize("arguments", ONE_PARAGRAPH)
+def test_a_wrong_command_line_is_one_paragraph(refused, arguments):
+    done = refused[arguments]
     assert done.returncode in (1, 2)
-    assert done.stderr.startswith("error: ") and text in done.stderr
+    assert done.stderr.startswith("error: ") and ONE_PARAGRAPH[arguments] in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "argument, text",
-    [
-        ("--suite=train --parts=modles", "models, lengths, schedules"),
-        ("--suite=decay --parts=models", "main, grid, float32, per_token, long"),
-        ("--suite=train --lengths=1k", "numbers of tokens"),
-        ("--suite=decode --peers=all", "got decode and all"),
-        ("--suite=decode --record", "belongs to --suite=decay"),
-        ("--suite=decay --peers=fla", "--peers must be among all in the suite decay: got fla"),
-        ("--suite=decay --heads=mha", "--heads must be among none in the suite decay: got mha"),
-        ("--suite=vq --parts=main", "layer, slope, codes, blocks, reductions, search, model"),
-        ("--suite=vq --heads=gqa", "--heads must be among shga, mqa, mha in the suite vq: got gqa"),
-        ("--suite=decay --quick --record", "leave one of them out"),
-    ],
-)
-def test_arguments_that_do_not_go_together_are_a_usage_error(argument, text):
-    done = run_benchmark(*argument.split())
+@pytest.mark.parametrize("line", USAGE)
+def test_arguments_that_do_not_go_together_are_a_usage_error(refused, line):
+    done = refused[tuple(line.split())]
     assert done.returncode == 2
-    assert text in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert USAGE[line] in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
-def test_a_folder_that_is_no_checkout_is_named():
-    done = run_benchmark("--suite=vq", "--peers=no/such/folder")
+def test_a_folder_that_is_no_checkout_is_named(refused):
+    done = refused[NO_CHECKOUT]
     assert done.returncode == 1 and "got no/such/folder" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from longctx_jax.training.metrics import read_records
+from tests.command_lines import run_all
 from tests.tiny import PROJECT, TEXT, flags
 
 
@@ -30,7 +31,11 @@ def train_flags(workdir: pathlib.Path, **fields) -> list[str]:
 
 def mistake(name: str, *arguments: str) -> str:
     """Runs a script that must refuse; returns its one paragraph."""
-    done = script(name, *arguments, check=False)
+    return refusal(script(name, *arguments, check=False))
+
+
+def refusal(done: subprocess.CompletedProcess) -> str:
+    """Returns the one paragraph of a command line that was refused."""
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     paragraph = done.stderr.strip().splitlines()[-1]
@@ -142,6 +147,7 @@ def test_sweep_trains_skips_and_summarises(tmp_path):
     assert again.stdout.count("skip") >= 2 or "skip" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_state(tmp_path, trained):
     """SIGKILL at any instant: ten steps, kill, ten more are twenty."""
     fields = {"train__n_steps": 20, "train__checkpoint_every": 2}
@@ -241,13 +247,20 @@ def test_a_mistake_in_the_config_is_one_paragraph(case, tmp_path, capsys):
 
 
 def test_the_command_line_shows_one_paragraph(trained, tmp_path):
-    assert "n_steps" in mistake("train", *train_flags(tmp_path), "--config.train.n_stps=3")
-    text = mistake("train", *train_flags(trained, optim__learning_rate=0.5))
-    assert "config.optim.learning_rate" in text and "--workdir" in text
-    assert "scripts.train" in mistake("evaluate", f"--workdir={tmp_path / 'none'}")
-    assert "[3, 6]" in mistake("evaluate", f"--workdir={trained}", "--step=4")
-    assert "top_p" in mistake("generate", f"--workdir={trained}", "--prompt=a", "--top_p=2")
-    assert "empty" in mistake("generate", f"--workdir={trained}", "--prompt=")
+    expected = {
+        ("train", *train_flags(tmp_path), "--config.train.n_stps=3"): ["n_steps"],
+        ("train", *train_flags(trained, optim__learning_rate=0.5)): [
+            "config.optim.learning_rate",
+            "--workdir",
+        ],
+        ("evaluate", f"--workdir={tmp_path / 'none'}"): ["scripts.train"],
+        ("evaluate", f"--workdir={trained}", "--step=4"): ["[3, 6]"],
+        ("generate", f"--workdir={trained}", "--prompt=a", "--top_p=2"): ["top_p"],
+        ("generate", f"--workdir={trained}", "--prompt="): ["empty"],
+    }
+    for done, texts in zip(run_all(list(expected)), expected.values(), strict=True):
+        paragraph = refusal(done)
+        assert all(text in paragraph for text in texts), paragraph
 
 
 def test_debug_shows_the_traceback(trained):
