@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from configs.recall import associative_armt
+from configs.recall import passkey_armt
 from configs.sweeps import recall_models
 from longctx_jax import data
 from longctx_jax.data.recall_tasks import Answer, Row
