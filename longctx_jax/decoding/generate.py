@@ -1,7 +1,9 @@
 """Generation: prefill the prompt, then a compiled loop of one-token steps on the same `apply`.
 
 Prompts of different lengths share a batch by padding on the left: the padding is a document of its
-own, and the document boundary before the prompt makes every mixer forget it.
+own, and the document boundary before the prompt makes every mixer forget it. It does not move where
+a model with segment-level recurrence cuts its segments: there only prompts share a batch whose
+lengths differ by whole segments, and each prompt continues as it does alone.
 """
 
 import functools
@@ -40,10 +42,42 @@ def generate(
     Raises:
         ValueError: an empty prompt, a token id outside the vocabulary, a bad count.
 
-    Cost: one pass over the prompt, then one step a token; memory of one cache.
+    Cost: one pass over the prompt, then one step a token; memory of one cache. That once for each
+    remainder of the prompts' lengths by `memory.segment_len`, with segment-level recurrence.
     """
     _check(model, prompts, max_new_tokens)
     key = jax.random.key(0) if key is None else key
+    sampling = sampling or Sampling()
+    result = np.zeros((len(prompts), max_new_tokens), np.int32)
+    for rows in _batches(model, [len(prompt) for prompt in prompts]):
+        batch = [prompts[row] for row in rows]
+        logits, cache = _read(model, variables, batch, max_new_tokens, cache_len, prefill_len)
+        numbers = jnp.asarray(rows, jnp.int32)
+        result[rows] = _decode(
+            model, sampling, max_new_tokens, variables, logits, cache, key, numbers
+        )
+    return result
+
+
+def _batches(model: Decoder, lengths: Sequence[int]) -> list[list[int]]:
+    """Returns the rows that may share a batch; padding there is whole segments of the model."""
+    if model.config.recurrence == "none":
+        return [list(range(len(lengths)))]
+    batches: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        batches.setdefault(length % model.config.memory.segment_len, []).append(row)
+    return list(batches.values())
+
+
+def _read(
+    model: Decoder,
+    variables,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_new_tokens: int,
+    cache_len: int,
+    prefill_len: int,
+) -> tuple[jax.Array, ModelCache]:
+    """Returns the logits after each prompt [rows, vocab], and the cache."""
     longest = max(len(p) for p in prompts)
     tokens, segment_ids = pad_left(prompts, longest)
     cache = model.init_cache(len(prompts), cache_len or longest + max_new_tokens)
@@ -54,8 +88,7 @@ def generate(
         ids = jnp.asarray(segment_ids[:, piece]) if is_ragged else None
         logits, cache = _prefill(model, variables, jnp.asarray(tokens[:, piece]), ids, cache)
     assert logits is not None
-    sampling = sampling or Sampling()
-    return np.asarray(_decode(model, sampling, max_new_tokens, variables, logits, cache, key))
+    return logits, cache
 
 
 def pad_left(
@@ -84,9 +117,9 @@ def _prefill(model: Decoder, variables, tokens, segment_ids, cache: ModelCache):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits, cache, key):
-    """Draws n_tokens; the last one is drawn without being fed back."""
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits, cache, key, rows):
+    """Draws n_tokens for each of `rows`, the numbers of the prompts; the last is not fed back."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
     def draw(logits, index):
         row_keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)

@@ -45,6 +45,27 @@ def test_prompts_of_different_lengths_do_not_see_their_padding(model_and_variabl
         assert alone[0].tolist() == row.tolist()
 
 
+def test_prompts_of_a_segment_recurrent_model_keep_their_segments():
+    """Each row, and its draws, are those of the prompt alone: padding must not move its segments.
+
+    The draws of row r depend on r, so "alone" is in the same place among equal prompts.
+    """
+    config = tiny_config(model__name="recurrent_memory", model__vocab_size=13).model
+    config.memory.update({"kind": "armt", "segment_len": 2, "n_memory_tokens": 1, "d_memory": 4})
+    model = build_model(config)
+    leaves, tree = jax.tree.flatten(model.init(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    random = [x + jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    variables = jax.tree.unflatten(tree, random)  # also what starts at 0: values of the memory
+    tokens = np.random.default_rng(0).integers(0, 13, 9).tolist()
+    prompts = [tokens[:5], tokens[4:6], tokens[6:9], tokens[:4]]
+    options = {"max_new_tokens": 5, "prefill_len": 1}  # few shapes to compile
+    together = generate(model, variables, prompts, **options)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, variables, [prompt] * len(prompts), **options)
+        assert together[row].tolist() == alone[row].tolist()
+
+
 def test_draws_depend_on_the_key(model_and_variables):
     model, variables = model_and_variables
     if model.config.pattern != ("decay",):
