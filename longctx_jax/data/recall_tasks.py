@@ -197,15 +197,18 @@ class Associative(Task):
     def _rewritten(self, rng: np.random.Generator, asked: np.ndarray) -> np.ndarray:
         """Returns the key number of each pair; the asked pairs are the last with their keys.
 
-        Each asked key is also written somewhere before, where there is a place for it.
+        Each asked key is also written somewhere before, in a place of its own, where there is one:
+        places are given to the earliest first, who has the least to choose from.
         """
         n_keys, last = self.n_drawn_keys, dict(enumerate(asked.tolist()))
         chosen = rng.integers(0, n_keys, self.n_pairs)
-        for key, place in last.items():
-            earlier = np.setdiff1d(np.arange(place), asked)
+        chosen[asked] = np.arange(asked.size)
+        taken = asked
+        for key in np.argsort(asked).tolist():
+            earlier = np.setdiff1d(np.arange(last[key]), taken)
             if earlier.size:
-                chosen[rng.choice(earlier)] = key
-            chosen[place] = key
+                taken = np.append(taken, rng.choice(earlier))
+                chosen[taken[-1]] = key
         for place in range(self.n_pairs):
             key = int(chosen[place])
             if last.get(key, self.n_pairs) < place:

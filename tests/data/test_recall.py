@@ -210,6 +210,26 @@ def test_keys_are_unique_unless_rewritten(load):
     assert n_older > 20  # taking the oldest value would be wrong
 
 
+def test_asked_keys_are_rewritten_wherever_there_is_a_place(load):
+    """As many as can be: each needs an earlier place of its own that is not asked for."""
+    fields = {"n_questions": 3, "pairs_per_segment": 2, "n_symbols": 6, "rewrite": True}
+    _, splits = load("associative", 6, segment_len=16, key_len=2, n_keys=5, **fields)
+    n_wanted = n_written = 0
+    for i in range(150):
+        text = splits["train"].row(i).text.tobytes()
+        keys = re.findall(rb"([a-z]+)=", text)
+        last = {
+            key: len(keys) - 1 - keys[::-1].index(key) for key in re.findall(rb"([a-z]+)\?", text)
+        }
+        assert len(last) == 3
+        n_used = 0
+        for n_asked_before, place in enumerate(sorted(last.values())):
+            n_used += place - n_asked_before > n_used
+        n_wanted += n_used
+        n_written += sum(keys.index(key) < place for key, place in last.items())
+    assert n_written == n_wanted > 300
+
+
 def test_evaluation_gives_each_held_out_row_once(load):
     config, splits = load("associative", 3, n_rows=5)
     tokens = data.tokenize(splits["test"], data.build_tokenizer("bytes"))
