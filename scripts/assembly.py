@@ -100,9 +100,25 @@ def evaluate_split(
     )
 
 
+def warn_of_other_segments(config: ml_collections.ConfigDict, model: Decoder) -> None:
+    """Logs a warning where a recall task counts other segments than the model's memory has."""
+    if config.data.name not in data.RECALL_NAMES or model.config.recurrence == "none":
+        return
+    of_model, of_task = model.config.memory.segment_len, config.data.recall.segment_len
+    if of_model != of_task:
+        logging.warning(
+            "distances in segments are not how often a fact crosses the memory: "
+            "config.model.memory.segment_len=%d and config.data.recall.segment_len=%d; "
+            "set both to one number, or read distance_bytes",
+            of_model,
+            of_task,
+        )
+
+
 def evaluator(config: ml_collections.ConfigDict, model: Decoder, splits: data.Splits) -> Callable:
     """Returns state -> results on config.eval.split, for the training loop."""
     stream = splits[config.eval.split]
+    warn_of_other_segments(config, model)
 
     def run(state: TrainState) -> dict[str, float]:
         return evaluate_split(

@@ -72,6 +72,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
             f"scripts.recall needs a run trained on one of {data.RECALL_NAMES}: {folder} was "
             f"trained on config.data.name={config.data.name!r}; name another run"
         )
+    assembly.warn_of_other_segments(config, run.model)
     fields = config.data.recall
     n_trained = config.data.seq_len // fields.segment_len - 1
     trained = {

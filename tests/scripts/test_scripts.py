@@ -12,7 +12,7 @@ import pytest
 
 from longctx_jax.training.metrics import read_records
 from tests.command_lines import run_all
-from tests.tiny import PROJECT, TEXT, flags
+from tests.tiny import PROJECT, TEXT, flags, tiny_config
 
 
 def script(name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -300,6 +300,29 @@ def test_recall_of_a_trained_run(tmp_path):
     assert all(row["model"] == "armt" and row["train_n_segments"] == 2 for row in rows)
     assert all(row["command"].startswith("python -m scripts.recall") for row in rows)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("fields", "warns"),
+    [
+        ({"model__memory__segment_len": 8}, False),
+        ({"model__memory__segment_len": 6}, True),
+        ({"model__memory__segment_len": 6, "model__name": "decay"}, False),
+        ({"model__memory__segment_len": 6, "data__name": "python_source"}, False),
+    ],
+    ids=str,
+)
+def test_segments_of_the_task_that_are_not_the_models_are_a_warning(caplog, fields, warns):
+    from longctx_jax import data
+    from longctx_jax.models import build_model
+    from scripts import assembly
+
+    recall = {"data__name": "recall_associative", "data__recall__segment_len": 8}
+    sizes = {"model__name": "recurrent_memory", "data__seq_len": 24, "data__order": "shuffled"}
+    config = tiny_config(**recall | sizes | fields)
+    with caplog.at_level("WARNING", logger="absl"):
+        assembly.evaluator(config, build_model(config.model), data.load_source(config.data))
+    assert [record.args for record in caplog.records] == ([(6, 8)] if warns else [])
 
 
 def test_recall_refuses_other_runs(trained):
