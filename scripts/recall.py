@@ -111,7 +111,8 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
         total = found[0]
         print(
             f"{folder.name} {n_segments} segments: accuracy {total['accuracy']:.3f} "
-            f"({total['accuracy_low']:.3f} .. {total['accuracy_high']:.3f}) of {total['n']}",
+            f"({total['accuracy_low']:.3f} .. {total['accuracy_high']:.3f}) of {total['n']}, "
+            f"guess {max(total['chance'], total['trivial']):.3f}",
             file=sys.stderr,
         )
     return rows

@@ -11,6 +11,7 @@ Jaggi (2023), arXiv 2305.16300 (passkey); Kuratov et al. (2024), arXiv 2406.1014
 """
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,14 @@ class Task:
     def chance(self) -> float:
         """Accuracy of a guess among the answers that the task knows."""
         raise NotImplementedError
+
+    def trivial(self, row: Row, answer: Answer) -> float:
+        """Returns the accuracy, here, of a guess from the facts without the question.
+
+        Of a task with one fact, which such a guess would have to recall, the chance.
+        """
+        del row, answer
+        return self.chance
 
     def draw(self, rng: np.random.Generator, text: TextStream | None) -> Row | None:
         """Returns a row; None if its noise happens to hold a fact: draw again."""
@@ -154,6 +163,11 @@ class Associative(Task):
     def chance(self) -> float:
         """Accuracy of a random value."""
         return float(self.n_symbols) ** -self.value_len
+
+    def trivial(self, row: Row, answer: Answer) -> float:
+        """Returns the share of the row's values that are the answer: a guess among them."""
+        values = re.findall(rb"=([A-Z]{%d})" % self.value_len, row.text.tobytes())
+        return values.count(row.text[answer.start : answer.stop].tobytes()) / len(values)
 
     def draw(self, rng: np.random.Generator, text: TextStream | None = None) -> Row:
         """Returns a row; needs no text."""

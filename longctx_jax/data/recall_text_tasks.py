@@ -66,6 +66,9 @@ class Passkey(Task):
 class Facts(Task):
     """People move between places, in sentences scattered over text; the last place counts.
 
+    How many others move after the move that is the answer is uniform, as far as there is room, so
+    that the order of the moves alone says little about which of them it is.
+
     chain: somebody takes an object and moves (in either order), and the question is where the
     object is; the distance is that of the farther of the two sentences.
     """
@@ -89,13 +92,18 @@ class Facts(Task):
 
     @property
     def facts_per_segment(self) -> int:
-        """Sentences that a segment surely holds."""
-        return self.segment_len // FACT_BYTES
+        """Sentences that a segment surely holds; no more than there are."""
+        return min(self.segment_len // FACT_BYTES, self.n_facts)
 
     @property
     def chance(self) -> float:
         """Accuracy of a random place."""
         return 1 / len(PLACES)
+
+    def trivial(self, row: Row, answer: Answer) -> float:
+        """Returns 1 if the answer is where somebody moved last, else 0."""
+        places = [place for _, _, place, _ in FACT.findall(row.text.tobytes()) if place]
+        return float(places[-1] == row.text[answer.start : answer.stop - 1].tobytes())
 
     def draw(self, rng: np.random.Generator, text: TextStream | None) -> Row | None:
         """Returns a row of text with the sentences in it."""
@@ -105,51 +113,67 @@ class Facts(Task):
         distances = [distance]
         if self.chain:
             distances = _shuffled(rng, [distance, int(rng.integers(1, distance + 1))])
-        moved_in = self.n_segments - distances[0]
-        facts = [(moved_in, MOVE % (person, _one(rng, MOVES), place))]
-        if self.chain:
-            facts.append((self.n_segments - distances[1], TAKE % (person, thing)))
-        n_needed = len(facts)
-        facts += self._others(rng, [segment for segment, _ in facts], moved_in, person, thing)
-        starts = np.zeros(len(facts), np.int64)
-        for segment in sorted({segment for segment, _ in facts}):
-            here = _shuffled(rng, [i for i, fact in enumerate(facts) if fact[0] == segment])
-            sentences = [facts[i][1] for i in here]
-            starts[here] = _write(rng, row, segment, self.segment_len, sentences)
+        segments = [self.n_segments - d for d in distances]
+        n_others = self.n_facts - len(segments)
+        n_takes = int(rng.binomial(n_others - 1, 0.5)) if self.chain and n_others else 0
+        n_takes = min(n_takes, len(OBJECTS) - 1)
+        slots, before, after, takes = self._scatter(rng, segments, n_others - n_takes, n_takes)
+        answers = [MOVE % (person, _one(rng, MOVES), place), TAKE % (person, thing)]
+        facts = dict(zip(slots, answers, strict=False))
+        others = [p for p in PEOPLE if p != person]
+        for slot in before + after:
+            people = PEOPLE if slot in before else others
+            facts[slot] = MOVE % (_one(rng, people), _one(rng, MOVES), _one(rng, PLACES))
+        objects = _shuffled(rng, [o for o in OBJECTS if o != thing])
+        for slot in takes:
+            facts[slot] = TAKE % (_one(rng, PEOPLE), objects.pop())
+        starts = {}
+        for segment in sorted({slot // self.facts_per_segment for slot in facts}):
+            here = [slot for slot in sorted(facts) if slot // self.facts_per_segment == segment]
+            sentences = [facts[slot] for slot in here]
+            written = _write(rng, row, segment, self.segment_len, sentences)
+            starts |= zip(here, written, strict=True)
         asked = b"the " + thing if self.chain else person
         question = _ask(row, FACTS_QUESTION % asked, place + b".")
         if len(FACT.findall(row.tobytes())) != self.n_facts:
             return None
         stop = row.size
-        farthest = question - int(np.min(starts[:n_needed]))
+        farthest = question - min(starts[slot] for slot in slots)
         return Row(row, (Answer(stop - len(place) - 1, stop, distance, farthest),))
 
-    def _others(
-        self,
-        rng: np.random.Generator,
-        taken: list[int],
-        moved_in: int,
-        person: bytes,
-        thing: bytes,
-    ) -> list[tuple[int, bytes]]:
-        """Returns (segment, sentence) of facts that do not change the answer.
+    def _scatter(
+        self, rng: np.random.Generator, segments: list[int], n_moves: int, n_takes: int
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Returns where facts go, in slots of which each segment has `facts_per_segment`.
 
-        The person moves only in segments before `moved_in`; each object is taken once.
+        Args:
+            rng: what decides.
+            segments: of the facts that make the answer; the first is a move.
+            n_moves: others, some before it and some after it.
+            n_takes: of other objects, anywhere.
+
+        Returns:
+            The slots of the facts that make the answer, of the moves before the first of them, of
+            those after it, and of the takes.
         """
-        room = np.full(self.n_segments, self.facts_per_segment)
-        np.subtract.at(room, taken, 1)
-        objects = _shuffled(rng, [o for o in OBJECTS if o != thing])
-        facts = []
-        for _ in range(self.n_facts - len(taken)):
-            segment = int(rng.choice(np.flatnonzero(room)))
-            room[segment] -= 1
-            if self.chain and objects and rng.integers(2):
-                facts.append((segment, TAKE % (_one(rng, PEOPLE), objects.pop())))
-                continue
-            people = PEOPLE if segment < moved_in else [p for p in PEOPLE if p != person]
-            words = (_one(rng, people), _one(rng, MOVES), _one(rng, PLACES))
-            facts.append((segment, MOVE % words))
-        return facts
+        n_here, n_slots = self.facts_per_segment, self.n_segments * self.facts_per_segment
+        grid = np.meshgrid(*(segment * n_here + np.arange(n_here) for segment in segments))
+        slots = np.stack([axis.reshape(-1) for axis in grid])  # every way to place them
+        move, others = slots[0], slots[1:]
+        n_after = int(rng.integers(n_moves + 1))
+        room_before = move - np.sum(others < move, axis=0)
+        room_after = n_slots - 1 - move - np.sum(others > move, axis=0)
+        lacking = np.maximum(n_after - room_after, 0)
+        lacking += np.maximum(n_moves - n_after - room_before, 0)
+        lacking[np.any(others == move, axis=0)] = n_slots
+        pick = rng.choice(np.flatnonzero(lacking == np.min(lacking)))
+        n_after = int(np.clip(n_after, n_moves - room_before[pick], room_after[pick]))
+        free = np.setdiff1d(np.arange(n_slots), slots[:, pick])
+        before = rng.choice(free[free < move[pick]], n_moves - n_after, replace=False)
+        after = rng.choice(free[free > move[pick]], n_after, replace=False)
+        free = np.setdiff1d(free, np.concatenate([before, after]))
+        takes = rng.choice(free, n_takes, replace=False)
+        return slots[:, pick].tolist(), before.tolist(), after.tolist(), takes.tolist()
 
 
 def _one(rng: np.random.Generator, words: Sequence[bytes]) -> bytes:

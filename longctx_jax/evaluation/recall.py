@@ -18,7 +18,7 @@ import numpy as np
 
 from longctx_jax.data import RowBatches
 from longctx_jax.data.recall import targets_of, weights_of
-from longctx_jax.data.recall_tasks import Answer, Row
+from longctx_jax.data.recall_tasks import Answer, Row, Task
 from longctx_jax.models.base import Decoder, ModelCache
 from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree
@@ -27,10 +27,11 @@ Z_95 = 1.959963984540054  # standard normal quantile of a two-sided 95 % interva
 
 
 class Scored(NamedTuple):
-    """A question, and whether the answer was right."""
+    """A question, whether the answer was right, and how often a trivial guess is."""
 
     answer: Answer
     is_right: bool
+    trivial: float
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -77,19 +78,21 @@ def read_rows(
     return predicted[:n_rows, :row_len], nll[:n_rows, :row_len]
 
 
-def score_answers(predicted: np.ndarray, rows: Sequence[Row]) -> list[Scored]:
+def score_answers(predicted: np.ndarray, rows: Sequence[Row], task: Task) -> list[Scored]:
     """Returns a question's score for each answer of the rows.
 
     Args:
         predicted: [rows, row_len], the id predicted after each byte.
         rows: of the same length.
+        task: what made them.
     """
     scored = []
     for ids, row in zip(predicted, rows, strict=True):
         for answer in row.answers:
             wanted = row.text[answer.start : answer.stop]
             given = ids[answer.start - 1 : answer.stop - 1]
-            scored.append(Scored(answer, bool(np.array_equal(given, wanted))))
+            is_right = bool(np.array_equal(given, wanted))
+            scored.append(Scored(answer, is_right, task.trivial(row, answer)))
     return scored
 
 
@@ -128,7 +131,7 @@ def evaluate_rows(
     n_tokens, n_bytes_read, nats, start = 0, 0, 0.0, time.monotonic()
     for rows in batches:
         predicted, nll = read_rows(model, variables, rows, **sizes, cache_len=cache_len or row_len)
-        scored += score_answers(predicted, rows)
+        scored += score_answers(predicted, rows, batches.rows.task)
         weights = np.stack([weights_of(row) for row in rows])
         n_tokens += int(np.sum(weights))
         nats += float(np.sum(np.asarray(nll, np.float64) * weights))
@@ -155,7 +158,7 @@ def accuracy_rows(scored: Sequence[Scored], chance: float) -> list[dict[str, Any
     Returns:
         One dict a bin that has questions: is_total, distance_segments_min and _max (of the bin),
         distance_segments and distance_bytes (means), n, accuracy, accuracy_low and accuracy_high
-        (Wilson's 95 % interval), chance.
+        (Wilson's 95 % interval), chance, trivial (accuracy of `Task.trivial` on these questions).
     """
     farthest = max((score.answer.distance_segments for score in scored), default=1)
     rows = [_accuracy_row(scored, 1, farthest, chance) | {"is_total": True}]
@@ -183,6 +186,7 @@ def _accuracy_row(scored: Sequence[Scored], low: int, high: int, chance: float) 
         "accuracy_low": interval[0],
         "accuracy_high": interval[1],
         "chance": chance,
+        "trivial": float(np.mean([score.trivial for score in scored])),
     }
 
 

@@ -12,7 +12,8 @@ Rows = Sequence[Mapping[str, Any]]
 def draw_recall(rows: Rows) -> Figure:
     """Accuracy a task: above by distance in each model's longest rows, below by length of the row.
 
-    Bars are 95 % intervals; dotted lines are the distances of training and chance.
+    Bars are 95 % intervals; dotted lines are the distances of training and chance, the dashed one
+    is the trivial guess.
 
     Raises:
         ValueError: if there are no rows.
@@ -40,6 +41,10 @@ def draw_recall(rows: Rows) -> Figure:
         above.set_title(task, fontsize=10)
         above.set_xlabel("distance from question to fact (segments)")
         below.set_xlabel("segments before the question's")
+        longest = max(row["n_segments"] for row in own)
+        bins = [r for r in own if r["n_segments"] == longest and not r["is_total"]]
+        _draw_trivial(above, bins, "distance_segments")
+        _draw_trivial(below, [r for r in own if r["is_total"]], "n_segments")
         trained = {above: "train_max_distance", below: "train_n_segments"}
         for axes, field in trained.items():
             _finish(axes, own, field)
@@ -65,6 +70,14 @@ def _draw_line(axes: Axes, rows: Rows, x: str, color: str, label: str) -> None:
     ]
     points = [row[x] for row in rows]
     axes.errorbar(points, middle, yerr=errors, fmt="o-", color=color, label=label, capsize=2)
+
+
+def _draw_trivial(axes: Axes, rows: Rows, x: str) -> None:
+    """Rows of one length are the same for all runs; those recorded long ago have no such field."""
+    points = sorted({row[x]: row["trivial"] for row in rows if "trivial" in row}.items())
+    if points:
+        label = "guess without the question"
+        axes.plot(*zip(*points, strict=True), "--", color="0.6", label=label)
 
 
 def _finish(axes: Axes, rows: Rows, trained: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from configs import base
 from longctx_jax import data
 from longctx_jax.data.recall import split_of
+from longctx_jax.data.recall_tasks import Answer
 from longctx_jax.data.recall_text_tasks import Facts, Passkey
 from longctx_jax.data.streams import concatenate
 
@@ -228,6 +229,36 @@ def test_asked_keys_are_rewritten_wherever_there_is_a_place(load):
         n_wanted += n_used
         n_written += sum(keys.index(key) < place for key, place in last.items())
     assert n_written == n_wanted > 300
+
+
+@pytest.mark.parametrize("n_facts", [3, 4, 6])
+@pytest.mark.parametrize("chain", [False, True])
+def test_where_somebody_moved_last_says_little(load, chain, n_facts):
+    """0.27 .. 0.59 of many rows; 0.53 .. 0.83 of chains whose moves were scattered anyhow."""
+    _, splits = load("facts", 5, segment_len=160, chain=chain, n_facts=n_facts)
+    stream = splits["train"]
+    rows = [stream.row(i) for i in range(300)]
+    found = np.mean([stream.task.trivial(row, row.answers[0]) for row in rows])
+    by_parser = []
+    for row in rows:
+        text = row.text.tobytes()
+        place = re.findall(rb" to the (\w+)\. ", text)[-1]
+        by_parser.append(text.endswith(b" %s." % place))
+    assert found == np.mean(by_parser)
+    n_moves = 2 if chain else n_facts  # the answer's and one other's, or more
+    guess = 1 / n_moves + (1 - 1 / n_moves) / 6  # any one of them, or its place by chance
+    assert found < guess + 0.09  # three deviations
+
+
+def test_the_trivial_guess_of_a_pair_and_of_a_passkey(load):
+    _, splits = load("associative", 3, n_symbols=2, value_len=2, noise="random")
+    for i in range(20):
+        row = splits["test"].row(i)
+        values = re.findall(rb"=(..)", row.text.tobytes())
+        wanted = row.text.tobytes()[-2:]
+        assert splits["test"].task.trivial(row, row.answers[0]) == values.count(wanted) / 3
+    _, splits = load("passkey", 3, n_digits=2)
+    assert splits["test"].task.trivial(splits["test"].row(0), Answer(0, 2, 1, 9)) == 0.01
 
 
 def test_evaluation_gives_each_held_out_row_once(load):

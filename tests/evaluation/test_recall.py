@@ -8,7 +8,7 @@ from configs import base
 from configs.recall import passkey_armt
 from configs.sweeps import recall_models
 from longctx_jax import data
-from longctx_jax.data.recall_tasks import Answer, Row
+from longctx_jax.data.recall_tasks import Answer, Associative, Row
 from longctx_jax.evaluation import recall
 from longctx_jax.evaluation.language_modeling import evaluate
 from longctx_jax.evaluation.recall_figure import draw_recall
@@ -44,14 +44,25 @@ def test_an_answer_is_right_when_all_its_bytes_are():
     predicted = np.zeros((1, 16), np.int32)
     predicted[0, :-1] = text[1:]
     rows = [Row(text, answers)]
-    assert [s.is_right for s in recall.score_answers(predicted, rows)] == [True, True]
+    sizes = {"segment_len": 8, "n_segments": 1, "max_distance": 1, "key_len": 1, "value_len": 2}
+    task = Associative(
+        **sizes,
+        n_questions=2,
+        pairs_per_segment=2,
+        n_symbols=26,
+        rewrite=False,
+        n_keys=0,
+        noise="pad",
+    )
+    assert [s.is_right for s in recall.score_answers(predicted, rows, task)] == [True, True]
+    assert [s.trivial for s in recall.score_answers(predicted, rows, task)] == [0.5, 0.5]
     predicted[0, 9] = ord("Q")  # the prediction of X: made at the question mark
-    assert [s.is_right for s in recall.score_answers(predicted, rows)] == [False, True]
+    assert [s.is_right for s in recall.score_answers(predicted, rows, task)] == [False, True]
     predicted[0, 9:15] = text[10:16]
     predicted[0, 14] = ord("Q")  # of W, the last byte
-    assert [s.is_right for s in recall.score_answers(predicted, rows)] == [True, False]
+    assert [s.is_right for s in recall.score_answers(predicted, rows, task)] == [True, False]
     predicted[0, :9] = predicted[0, 11:13] = predicted[0, 15] = 0  # what is no answer
-    assert [s.is_right for s in recall.score_answers(predicted, rows)] == [True, False]
+    assert [s.is_right for s in recall.score_answers(predicted, rows, task)] == [True, False]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -110,9 +121,9 @@ def test_a_loss_that_is_not_finite_and_cut_segments_are_errors():
 
 
 def scored(counts):
-    """Questions from {distance: (right, wrong)}."""
+    """Questions from {distance: (right, wrong)}; the trivial guess is 1/distance."""
     return [
-        recall.Scored(Answer(0, 1, distance, 10 * distance), is_right)
+        recall.Scored(Answer(0, 1, distance, 10 * distance), is_right, 1 / distance)
         for distance, (right, wrong) in counts.items()
         for is_right in [True] * right + [False] * wrong
     ]
@@ -128,6 +139,7 @@ def test_accuracy_is_grouped_by_distance():
     ]
     assert found == [(1, 1, 4, 0.75), (2, 2, 2, 0.0), (3, 4, 2, 0.5), (9, 12, 4, 0.75)]
     assert bins[2]["distance_segments"] == 3.5 and bins[2]["distance_bytes"] == 35
+    assert [r["trivial"] for r in bins] == pytest.approx([1, 1 / 2, 7 / 24, 7 / 72])
     assert all(r["chance"] == 0.25 and not r["is_total"] for r in bins)
     assert all(r["accuracy_low"] <= r["accuracy"] <= r["accuracy_high"] for r in [total, *bins])
 
@@ -153,6 +165,11 @@ def test_the_figure_draws_the_newest_rows():
     (line,) = above.containers
     assert line[0].get_xydata().tolist() == [[1, 1.0], [4, 0.5]]
     assert below.containers[0][0].get_xydata().tolist() == [[4, 0.75]]
+    (guess,) = [line for line in above.lines if line.get_label() == "guess without the question"]
+    assert guess.get_xydata().tolist() == [[1, 1.0], [4, 0.25]]
+    for row in rows:
+        del row["trivial"]  # as recorded before there was one
+    assert draw_recall(rows).axes
     with pytest.raises(ValueError, match="needs rows"):
         draw_recall([])
 

@@ -299,6 +299,7 @@ def test_recall_of_a_trained_run(tmp_path):
         assert sum(row["n"] for row in bins) == 6
     assert all(row["model"] == "armt" and row["train_n_segments"] == 2 for row in rows)
     assert all(row["command"].startswith("python -m scripts.recall") for row in rows)
+    assert all(row["chance"] > 0 and 0 < row["trivial"] <= 1 for row in rows)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
