@@ -82,7 +82,6 @@ class AssociativeMemory(nn.Module):
             cache.state,
             use_denominator=self.use_denominator,
             eps=self.eps,
-            precision=self._precision,
         )
         recalled = jnp.moveaxis(recalled, 1, 2).reshape(*x.shape[:2], self.d_model)
         visible = documents == cache.document[:, None]
@@ -109,14 +108,8 @@ class AssociativeMemory(nn.Module):
             correction=self.correction,
             use_denominator=self.use_denominator,
             eps=self.eps,
-            precision=self._precision,
         )
         return MemoryCache(state=state, document=document), gamma
-
-    @property
-    def _precision(self) -> str:
-        """The memory is ill-conditioned where keys overlap: no TF32, unless rows are coarser."""
-        return "default" if self.dtype == "bfloat16" else "highest"
 
     def _features(self, projected: jax.Array) -> jax.Array:
         """[batch, rows, d_memory] -> float32 features [batch, heads, rows, features]."""

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx_jax.models.config import MemoryConfig, ModelConfig
+from longctx_jax.models.memory_cells import make_associative
 from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.decay_attention import DecayAttention, log_decays, log_decays_by_layer
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.mlp import MLP
 from longctx_jax.nn.vq_attention import VQAttention
-from tests.helpers import assert_close, make_normal, random_variables
+from tests.helpers import assert_close, make_normal, random_variables, sub_jaxprs
 
 D_MODEL = 8
 KEY = jax.random.key(0)
@@ -455,3 +457,20 @@ def test_block_without_mixer_and_mlp_output_is_the_identity():
     y, cache, aux = jax.jit(lambda p: block.apply({"params": p}, x, None))(params)
     assert np.array_equal(y, x) and cache is None
     assert jax.tree.leaves(aux) == []
+
+
+def test_products_of_a_memory_are_in_full_float32_beside_bfloat16():
+    config = ModelConfig(d_model=D_MODEL, dtype="bfloat16", memory=MemoryConfig(d_memory=4))
+    module = make_associative(config)
+    x = jnp.asarray(make_normal(0, 2, 3, D_MODEL), jnp.bfloat16)
+    variables = init(module, x, module.init_cache(2))
+
+    def loss(variables, x):
+        return jnp.sum(module.apply(variables, x, module.init_cache(2)).astype(jnp.float32))
+
+    parts = sub_jaxprs(jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables, x).jaxpr)
+    products = [e for part in parts for e in part.eqns if e.primitive.name == "dot_general"]
+    full = [e for e in products if e.invars[0].aval.dtype == jnp.float32]
+    assert len(full) > 10 and len(full) < len(products)  # the projections are in bfloat16
+    for equation in full:
+        assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2

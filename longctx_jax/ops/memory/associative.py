@@ -10,7 +10,7 @@ With features f >= 0 of a query or a key, and eps = 1e-5 as published,
 
 All rows of one write see the same old (A, z). Into an empty memory vbar is 0 and gamma is 1: the
 formula's 1 - eps / (|f|^2 + eps) would be off by as much as 3e-3 for small keys. Everything is
-computed in float32, whatever the dtype of the inputs.
+computed in float32, whatever the dtype of the inputs, and without TF32 on accelerators.
 
 Source: Rodkin et al. (2024), arXiv 2407.04841, and its public code, which adds both eps.
 """
@@ -55,7 +55,6 @@ def associative_read(
     *,
     use_denominator: bool = True,
     eps: float = EPS,
-    precision: str = "highest",
 ) -> Float[Array, "*batch tokens value"]:
     """Returns what each query recalls, in the dtype of features; 0 from an empty memory.
 
@@ -64,7 +63,6 @@ def associative_read(
         use_denominator: divide by f . z + eps; without it y = f A.
         eps: as above. Where gamma was clipped to 0, A was written and z was not, so a query may
             meet f . z near 0 and be divided by eps: a larger one bounds what it recalls.
-        precision: of the products on accelerators, as jax names it: "highest", "high", "default".
 
     Raises:
         ValueError: if the state is not one of these features.
@@ -72,7 +70,7 @@ def associative_read(
     Cost: 2 batch tokens features (value + 1) flops.
     """
     _require_state("associative_read", features, state)
-    return _recall(features, state, use_denominator, eps, precision)[0].astype(features.dtype)
+    return _recall(features, state, use_denominator, eps)[0].astype(features.dtype)
 
 
 def associative_write(
@@ -85,7 +83,6 @@ def associative_write(
     correction: bool = True,
     use_denominator: bool = True,
     eps: float = EPS,
-    precision: str = "highest",
 ) -> Written:
     """Returns the memory after writing all tokens at once.
 
@@ -99,7 +96,6 @@ def associative_write(
         correction: gamma as above; without it gamma = 1.
         use_denominator: without it, the normalizer is left alone and vbar = f A.
         eps: as of `associative_read`.
-        precision: as of `associative_read`.
 
     Raises:
         ValueError: if the state is not one of these features.
@@ -113,7 +109,7 @@ def associative_write(
         jnp.where(is_empty[..., None, None], 0, state.matrix),
         jnp.where(is_empty[..., None], 0, state.normalizer),
     )
-    recalled, denominator = _recall(features, state, use_denominator, eps, precision)
+    recalled, denominator = _recall(features, state, use_denominator, eps)
     dtype = recalled.dtype
     features = features.astype(dtype)
     gamma = jnp.ones(features.shape[:-1], dtype)
@@ -122,26 +118,27 @@ def associative_write(
         gamma = jnp.clip(1 - denominator / (squared + eps), 0, 1)
         gamma = jax.lax.stop_gradient(jnp.where(is_empty[..., None], 1, gamma))
     change = beta.astype(dtype)[..., None] * (value.astype(dtype) - recalled)
-    matrix = state.matrix + _einsum("...tf,...tv->...fv", features, change, precision)
+    matrix = state.matrix + _einsum("...tf,...tv->...fv", features, change)
     normalizer = state.normalizer
     if use_denominator:
-        normalizer = normalizer + _einsum("...tf,...t->...f", features, gamma, precision)
+        normalizer = normalizer + _einsum("...tf,...t->...f", features, gamma)
     return Written(MemoryState(matrix, normalizer), gamma)
 
 
-def _recall(features, state: MemoryState, use_denominator: bool, eps: float, precision: str):
+def _recall(features, state: MemoryState, use_denominator: bool, eps: float):
     dtype = accumulator(features, state.matrix)
     features = features.astype(dtype)
-    recalled = _einsum("...tf,...fv->...tv", features, state.matrix.astype(dtype), precision)
+    recalled = _einsum("...tf,...fv->...tv", features, state.matrix.astype(dtype))
     normalizer = state.normalizer.astype(dtype)
-    denominator = _einsum("...tf,...f->...t", features, normalizer, precision) + eps
+    denominator = _einsum("...tf,...f->...t", features, normalizer) + eps
     if use_denominator:
         recalled = recalled / denominator[..., None]
     return recalled, denominator
 
 
-def _einsum(spec: str, left: jax.Array, right: jax.Array, precision: str) -> jax.Array:
-    return jnp.einsum(spec, left, right, precision=precision)
+def _einsum(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    # Never TF32: the memory is ill-conditioned where keys overlap.
+    return jnp.einsum(spec, left, right, precision="highest")
 
 
 def _require_state(name: str, features: jax.Array, state: MemoryState) -> None:
