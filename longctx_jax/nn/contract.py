@@ -4,6 +4,7 @@ A block is `__call__(x, cache, documents, *, layer, train) -> (y, cache, aux)`. 
 a pytree of arrays.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -29,6 +30,11 @@ class Mean(NamedTuple):
 
     total: jax.Array
     count: jax.Array
+
+    def __float__(self) -> float:
+        """The mean, NaN of nothing."""
+        count = float(self.count)
+        return float(self.total) / count if count else math.nan
 
 
 @flax.struct.dataclass

@@ -22,6 +22,7 @@ import jax
 
 from longctx_jax.data import make_iterator
 from longctx_jax.models.base import Decoder
+from longctx_jax.nn.contract import Mean
 from longctx_jax.ops.losses import NATS_PER_BIT
 from longctx_jax.training.checkpoint import Checkpointer
 from longctx_jax.training.curriculum import cut_rows, row_len
@@ -37,7 +38,7 @@ from longctx_jax.training.start import (
     write_json,
 )
 from longctx_jax.training.state import TrainState, init_state
-from longctx_jax.training.step import make_train_step
+from longctx_jax.training.step import Metrics, make_train_step
 
 DONE_FILE = "DONE.json"
 
@@ -114,7 +115,7 @@ class _Run:
         self.state = self._start()
         self.step = int(self.state.step)
         self.saved_step = self.step if self.step else -1
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.pending: tuple[int, Metrics] | None = None
         self.window = _Window()
         self.writer: CompositeWriter | None = None
         self.is_profiling = False
@@ -204,7 +205,8 @@ class _Run:
             return
         step, metrics = self.pending
         self.pending = None
-        scalars = {name: float(value) for name, value in metrics.items()}
+        measured = {n: m for n, m in metrics.items() if not isinstance(m, Mean) or m.count > 0}
+        scalars = {name: float(value) for name, value in measured.items()}
         if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
             raise NonFiniteLossError(
                 f"loss and gradient must be finite: step {step} has loss={scalars['loss']}, "

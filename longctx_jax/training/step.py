@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.nn.contract import Mean
 from longctx_jax.ops.losses import chunked_token_nll
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PRNGKey, PyTree
@@ -22,7 +23,8 @@ from longctx_jax.typing import PRNGKey, PyTree
 Batch = Mapping[str, Any]  # numpy or jax arrays [rows, seq]
 Sums = dict[str, Any]  # over the tokens of a batch: nll, tokens (their weights), aux (of the model)
 STATE_KEY = 2**31 - 1  # folded in for updates of model_state; micro-batches fold in 0, 1, ...
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array | Mean]  # scalars, each to be read by float()
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -47,8 +49,9 @@ def make_train_step(
 
     Returns:
         A function of batches with tokens, targets, weights (of the loss, and of what the model
-        counts unless model_weights say otherwise), maybe segment_ids. Its metrics are scalars: loss
-        (nats a token), grad_norm, and one entry an auxiliary loss and model metric.
+        counts unless model_weights say otherwise), maybe segment_ids. Its metrics are loss
+        (nats a token), grad_norm, one entry an auxiliary loss, and one a model metric: a `Mean`,
+        which may be of nothing.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -149,7 +152,7 @@ def _updated(
     grads: PyTree,
     sums: Sums,
     cache: ModelCache | None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
     """Returns the next state and the metrics; the gradient is that of the mean over tokens."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -199,14 +202,14 @@ def _positions(aux: Any) -> list[Any]:
     return list(aux) if isinstance(aux, tuple) else [aux]
 
 
-def _named_metrics(sums: Sums) -> dict[str, jax.Array]:
-    metrics = {name: sum(x) / sums["tokens"] for name, x in _losses(sums["aux"]).items()}
-    means: dict[str, tuple[jax.Array, jax.Array]] = {}
+def _named_metrics(sums: Sums) -> Metrics:
+    losses = {name: sum(x) / sums["tokens"] for name, x in _losses(sums["aux"]).items()}
+    means: dict[str, Mean] = {}
     for one in _positions(sums["aux"]):
         for name, mean in one.metrics.items():
-            total, count = means.get(name, (0.0, 0.0))
-            means[name] = (total + jnp.sum(mean.total), count + jnp.sum(mean.count))
-    return metrics | {name: total / count for name, (total, count) in means.items()}
+            mean = jax.tree.map(jnp.sum, mean)
+            means[name] = jax.tree.map(jnp.add, means[name], mean) if name in means else mean
+    return {**losses, **means}
 
 
 def _split(x: jax.Array, n: int, axis: int) -> jax.Array:

@@ -208,6 +208,17 @@ def test_memory_goes_around_trained_weights(undisturbed, tmp_path, splits):
     assert not np.any(mine.params["memory"]["layers"]["0_armt"]["value"]["kernel"])
 
 
+@pytest.mark.parametrize("segment_len", (16, pytest.param(8, marks=pytest.mark.slow)))
+def test_a_metric_of_nothing_is_not_written(segment_len, tmp_path, splits):
+    memory = {"n_memory_tokens": 2, "d_memory": 4, "segment_len": segment_len}
+    fields = {f"model__memory__{name}": value for name, value in memory.items()}
+    fields |= {"model__name": "recurrent_memory", "train__carry_cache": False}
+    run(tmp_path, splits, train__n_steps=1, **fields)
+    trained = read_records(tmp_path / "metrics.jsonl")[0]
+    assert trained["loss"] > 0
+    assert ("memory_gamma" in trained) == (segment_len < 16)  # a row has 16 tokens
+
+
 def test_init_from_another_model_names_the_field(undisturbed, tmp_path, splits):
     fields = {"train__init_from": str(undisturbed), "model__d_model": 32}
     with pytest.raises(ValueError, match="config.train.init_from.*embed/table"):

@@ -1,5 +1,7 @@
 """The update: micro-batches, the carried cache, averages, and the loss in chunks."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,18 @@ def test_dropout_differs_between_steps_and_not_between_runs():
     assert first == again
     assert float(m0["loss"]) == first[0]["loss"]
     assert float(m1["loss"]) != float(m0["loss"])
+
+
+@pytest.mark.parametrize(("segment_len", "is_written"), [(SEQ, False), (SEQ // 2, True)])
+def test_a_mean_of_nothing_is_none(segment_len, is_written):
+    """Rows of one segment write nothing into the memory."""
+    model, tx, state = start(
+        "recurrent_memory", cache_len=0, model__memory__segment_len=segment_len
+    )
+    _, metrics = make_train_step(model, tx)(state, next(batches(1)))
+    gamma = metrics["memory_gamma"]
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(metrics))
+    assert (gamma.count > 0) == is_written != math.isnan(float(gamma))
 
 
 def test_one_compilation_for_all_steps():
