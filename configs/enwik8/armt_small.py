@@ -1,8 +1,8 @@
 """ARMT on enwik8: transformer_small.py in segments of 512 bytes with a memory between them.
 
-A row has 8 segments; gradients go back through all of them. Rows grow from one segment to eight,
-as the ARMT paper trains. To start from a trained transformer, name its work directory in
-config.train.init_from: the memory then starts without effect.
+A row has 8 segments; gradients go back through all of them. Rows grow from two segments to
+eight (of one segment, a row would teach the memory nothing). To start from a trained transformer,
+name its work directory in config.train.init_from: the memory then starts without effect.
 """
 
 import ml_collections
@@ -20,6 +20,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.seq_len = 4_096
     config.data.global_batch_size = 4
     config.train.carry_cache = False
-    config.train.curriculum_starts = (0, 10_000, 20_000, 30_000)
-    config.train.curriculum_lens = (512, 1_024, 2_048, 4_096)
+    config.train.curriculum_starts = (0, 20_000, 30_000)
+    config.train.curriculum_lens = (1_024, 2_048, 4_096)
     return config

@@ -14,6 +14,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.memory.segment_len = 1_024
     config.data.seq_len = 8_192
     config.train.n_steps = 100_000
-    config.train.curriculum_starts = (0, 20_000, 40_000, 60_000)
-    config.train.curriculum_lens = (1_024, 2_048, 4_096, 8_192)
+    config.train.curriculum_starts = (0, 40_000, 60_000)
+    config.train.curriculum_lens = (2_048, 4_096, 8_192)
     return config

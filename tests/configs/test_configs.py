@@ -33,6 +33,15 @@ def test_config_builds(name):
     assert model.config.pattern and n_parameters(model) > 0
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_every_row_teaches_the_memory(name):
+    """In rows of one segment it is written and never read."""
+    config = importlib.import_module(name).get_config()
+    if build_model(config.model).config.recurrence != "none":
+        rows = (*config.train.curriculum_lens, config.data.seq_len)
+        assert min(rows) >= 2 * config.model.memory.segment_len
+
+
 @pytest.mark.parametrize("name", ["decay_quality", "vq_quality"])
 def test_a_quality_sweep_compares_equal_sizes(name):
     """Trained parameters: codebooks are state."""
