@@ -5,12 +5,14 @@ from typing import Any
 
 from longctx_jax.models.config_checks import (
     nearest_divisor,
+    require_integers,
     require_not_negative,
     require_one_of,
     require_positive,
     require_probability,
 )
 from longctx_jax.models.mixer_configs import (
+    MIXER_CONFIGS,
     DecayConfig,
     MambaConfig,
     MemoryConfig,
@@ -69,6 +71,7 @@ class ModelConfig:
     memory: MemoryConfig = MemoryConfig()
 
     def __post_init__(self):
+        require_integers(self)
         for field in ("n_layers", "d_model", "n_heads", "vocab_size", "n_ramp_buckets", "unroll"):
             require_positive(field, getattr(self, field))
         for field in ("n_kv_heads", "d_key", "d_value", "d_ff", "segment_len"):
@@ -102,10 +105,16 @@ class ModelConfig:
                 "passes through all layers before the next segment begins; use 'sequential', or "
                 "memory.kind 'armt' or 'layerwise'"
             )
-        if self.recurrence != "armt" and "armt" in self.pattern:
+        if self.memory.kind != "armt" and "armt" in self.pattern:
             raise ValueError(
-                f"config.model.pattern cannot hold 'armt' with memory.kind={self.recurrence!r}: "
-                "set memory.kind='armt' or leave it out"
+                f"config.model.pattern cannot hold 'armt' with memory.kind={self.memory.kind!r}: "
+                f"got {self.pattern}; set memory.kind='armt' or leave it out"
+            )
+        if self.recurrence == "armt" and self.pattern and "armt" not in self.pattern:
+            raise ValueError(
+                "config.model.pattern must hold 'armt' with name='recurrent_memory' and "
+                f"memory.kind='armt', or no layer has a memory: got {self.pattern}; add 'armt', "
+                "leave the pattern empty, or set name='transformer'"
             )
         if self.d_model % self.memory.n_heads:
             raise ValueError(
@@ -196,15 +205,7 @@ def model_config(fields: Any) -> ModelConfig:
     Raises:
         ValueError: if a field is unknown or has an impossible value.
     """
-    nested = {
-        "softmax": SoftmaxConfig,
-        "sliding": SlidingConfig,
-        "decay": DecayConfig,
-        "vq": VQConfig,
-        "rwkv": RWKVConfig,
-        "mamba": MambaConfig,
-        "memory": MemoryConfig,
-    }
+    nested = {**MIXER_CONFIGS, "memory": MemoryConfig}
     if isinstance(fields, ModelConfig):
         return fields
     values = {}

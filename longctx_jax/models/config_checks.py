@@ -1,5 +1,20 @@
 """What the fields of `config.model` are checked with: errors that name field, value and remedy."""
 
+import dataclasses
+from numbers import Integral
+from typing import Any
+
+
+def require_integers(config: Any, prefix: str = "") -> None:
+    """Raises ValueError unless the int fields of config.model.<prefix> hold integers."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise ValueError(
+                f"config.model.{prefix}{field.name} must be an integer: got {value!r}; "
+                "write a whole number"
+            )
+
 
 def require_one_of(field: str, value: str | int, allowed: tuple[str | int, ...]) -> None:
     """Raises ValueError unless config.model.<field> is one of the allowed values."""

@@ -4,6 +4,7 @@ import dataclasses
 
 from longctx_jax.models.config_checks import (
     nearest_divisor,
+    require_integers,
     require_not_negative,
     require_one_of,
     require_positive,
@@ -39,6 +40,7 @@ class SlidingConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
+        require_integers(self, "sliding.")
         require_positive("sliding.window_len", self.window_len)
         require_one_of("sliding.position", self.position, attention.POSITIONS)
         require_positive("sliding.rope_theta", self.rope_theta)
@@ -60,6 +62,7 @@ class DecayConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
+        require_integers(self, "decay.")
         require_one_of("decay.kind", self.kind, decay_attention.DECAY_KINDS)
         require_one_of("decay.depth", self.depth, decay_attention.DEPTH_SCHEDULES)
         require_one_of("decay.feature_map", self.feature_map, tuple(decay_attention.FEATURE_MAPS))
@@ -94,6 +97,7 @@ class VQConfig:
     search: str = "auto"
 
     def __post_init__(self):
+        require_integers(self, "vq.")
         for field in ("codebook_size", "window_len", "position_theta"):
             require_positive(f"vq.{field}", getattr(self, field))
         for field in ("block_len", "commitment", "reseed_below"):
@@ -139,8 +143,10 @@ class MemoryConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
+        require_integers(self, "memory.")
         require_positive("memory.eps", self.eps)
         require_one_of("memory.kind", self.kind, RECURRENCES)
+        require_one_of("memory.mixer", self.mixer, tuple(MIXER_CONFIGS))
         for field in ("segment_len", "n_memory_tokens", "d_memory", "nu", "n_heads"):
             require_positive(f"memory.{field}", getattr(self, field))
         require_not_negative("memory.bptt_segments", self.bptt_segments)
@@ -163,6 +169,7 @@ class RWKVConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
+        require_integers(self, "rwkv.")
         require_one_of("rwkv.version", self.version, rwkv.VERSIONS)
         require_not_negative("rwkv.head_len", self.head_len)
         for field in ("shift_rank", "decay_rank", "chunk_len"):
@@ -184,8 +191,19 @@ class MambaConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
+        require_integers(self, "mamba.")
         require_one_of("mamba.version", self.version, mamba.VERSIONS)
         for field in ("expand", "conv_len", "head_len", "n_groups", "chunk_len"):
             require_positive(f"mamba.{field}", getattr(self, field))
         for field in ("d_state", "step_rank"):
             require_not_negative(f"mamba.{field}", getattr(self, field))
+
+
+MIXER_CONFIGS = {
+    "softmax": SoftmaxConfig,
+    "sliding": SlidingConfig,
+    "decay": DecayConfig,
+    "vq": VQConfig,
+    "rwkv": RWKVConfig,
+    "mamba": MambaConfig,
+}

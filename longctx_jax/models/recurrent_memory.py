@@ -9,13 +9,11 @@ and layer-wise tokens); Sivtsov et al. (2025), arXiv 2506.05229 (the family, and
 
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.config_checks import require_one_of
 from longctx_jax.models.stack import KINDS, MIXERS
 
 
 def build(config: ModelConfig) -> Decoder:
     """Returns the decoder; by default all layers are softmax attention with memory."""
-    require_one_of("memory.mixer", config.memory.mixer, tuple(MIXERS))
     if config.recurrence == "armt":
         return Decoder(config.with_pattern(("armt",), KINDS))
     return Decoder(config.with_pattern((config.memory.mixer,), tuple(MIXERS)))

@@ -1,5 +1,7 @@
 """The frozen config, building models from it, their sizes and their dtypes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -10,12 +12,16 @@ from configs import base
 from longctx_jax.models import build_model
 from longctx_jax.models.config import ModelConfig, model_config
 from longctx_jax.models.config_checks import nearest_divisor
-from longctx_jax.models.stack import layer_places
+from longctx_jax.models.mixer_configs import MIXER_CONFIGS, MemoryConfig
+from longctx_jax.models.stack import MIXERS, layer_places
 from tests.helpers import assert_close, assert_trees_close, random_variables
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9), np.int32)
 
 MISTAKES = [
+    ({"n_layers": 2.0}, "config.model.n_layers must be an integer: got 2.0; write a whole number"),
+    ({"n_heads": True}, "config.model.n_heads must be an integer: got True"),
+    ({"vq": {"window_len": "8"}}, "config.model.vq.window_len must be an integer: got '8'; write"),
     ({"n_layers": 0}, "config.model.n_layers must be positive: got 0; set it above 0"),
     ({"d_model": -8}, "config.model.d_model must be positive: got -8; set it above 0"),
     ({"n_heads": 0}, "config.model.n_heads must be positive: got 0"),
@@ -113,6 +119,21 @@ def test_a_mistake_names_field_value_and_remedy(fields, message):
         build_model(fields)
     assert message in str(error.value)
     assert "; " in str(error.value)  # what to do
+
+
+@pytest.mark.parametrize("name", ("", *MIXER_CONFIGS, "memory"))
+def test_every_integer_is_checked(name):
+    kind = {"": ModelConfig, "memory": MemoryConfig, **MIXER_CONFIGS}[name]
+    for field in dataclasses.fields(kind):
+        if field.type is int:
+            message = f"config.model.{name + '.' if name else ''}{field.name} must be an integer"
+            with pytest.raises(ValueError, match=message):
+                kind(**{field.name: 2.5})
+            assert kind(**{field.name: np.int64(field.default)}) == kind()
+
+
+def test_every_mixer_has_its_config():
+    assert tuple(MIXER_CONFIGS) == tuple(MIXERS)
 
 
 def test_nearest_divisor():
