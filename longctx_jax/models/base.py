@@ -119,7 +119,8 @@ class Decoder:
         Args:
             batch_size: rows.
             max_len: tokens that full attention can look back on; a longer stream keeps going with
-                the last max_len of them. Mixers of constant memory ignore it.
+                the last max_len of them (and n_memory_tokens more beside layers with recurrent
+                memory). Mixers of constant memory ignore it.
 
         Raises:
             ValueError: if either is not positive.

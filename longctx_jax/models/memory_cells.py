@@ -30,6 +30,8 @@ from longctx_jax.nn.contract import Aux, Documents, Mean
 from longctx_jax.nn.memory import EMPTY, AssociativeMemory, MemoryCache
 from longctx_jax.typing import PRNGKey, PyTree
 
+SEE_KEY = 1  # folded into a cell's key for the memory rows that its block sees apart
+
 
 class Rows(NamedTuple):
     """What travels from layer to layer."""
@@ -90,10 +92,13 @@ class MemoryLayer:
         return self.associative.init(key, example, self.associative.init_cache(1))["params"]
 
     def init_inner(self, batch_size: int, max_len: int) -> PyTree:
-        """Returns the block's empty cache: of a segment with its memory tokens, if local."""
+        """Returns the block's empty cache: of a segment, if local, and its memory tokens."""
         memory = self.config.memory
-        longest = memory.segment_len + 2 * memory.n_memory_tokens
-        return self.block.init_cache(batch_size, longest if self.is_local else max_len)
+        if self.is_local:
+            longest = memory.segment_len + 2 * memory.n_memory_tokens
+        else:  # room for the memory tokens behind max_len tokens, for as long as a write lasts
+            longest = max_len + memory.n_memory_tokens
+        return self.block.init_cache(batch_size, longest)
 
     def init_memory(self, batch_size: int) -> Any:
         """Returns the empty memory."""
@@ -108,9 +113,7 @@ class MemoryLayer:
 
     def whole(self, layer_params, rows: Rows, cache: LayerCache, key=None):
         """Runs a complete segment, and writes."""
-        if every := self.config.memory.bptt_segments:
-            cut = rows.segment % every == 0
-            cache = jax.tree.map(lambda a: jnp.where(cut, jax.lax.stop_gradient(a), a), cache)
+        cache = truncated(self.config, cache, rows.segment)
         return self._segment(layer_params, rows, cache, key, writes=True)
 
     def unfinished(self, layer_params, rows: Rows, cache: LayerCache, key=None):
@@ -217,7 +220,9 @@ class _Call:
         """Runs memory tokens behind the tokens; the block's cache will not know."""
         if memory.shape[1] == 0:
             return tokens, aux
-        memory, _, more = self.block(memory, inner, one_document(last, memory.shape[1]))
+        key = None if self.key is None else jax.random.fold_in(self.key, SEE_KEY)
+        apart = dataclasses.replace(self, key=key)
+        memory, _, more = apart.block(memory, inner, one_document(last, memory.shape[1]))
         return jnp.concatenate([tokens, memory], axis=1), jax.tree.map(jnp.add, aux, more)
 
     def memory_tokens(self, memory: TokenCache, document: jax.Array) -> jax.Array:
@@ -247,6 +252,21 @@ def make_associative(config: ModelConfig) -> AssociativeMemory:
         eps=memory.eps,
         dtype=config.dtype,
     )
+
+
+def truncated(config: ModelConfig, state: PyTree, segment: Any, is_start: Any = True) -> PyTree:
+    """Returns the state without its gradient, where back-propagation ends; else as it is.
+
+    Args:
+        state: what is known in front of the segment's tokens.
+        segment: counted in the call; the ends are in front of every bptt_segments-th.
+        is_start: whether these tokens are the segment's first.
+    """
+    every = config.memory.bptt_segments
+    if not every:
+        return state
+    is_end = (segment % every == 0) & is_start
+    return jax.tree.map(lambda a: jnp.where(is_end, jax.lax.stop_gradient(a), a), state)
 
 
 def document_tokens(memory: TokenCache, document: jax.Array, start: jax.Array) -> jax.Array:

@@ -33,12 +33,17 @@ from longctx_jax.models.memory_cells import (
     document_tokens,
     one_document,
     surround,
+    truncated,
 )
 from longctx_jax.models.recurrence_state import SegmentCache, State, init_state, make_layers
 from longctx_jax.models.schedules import run_stack
 from longctx_jax.models.stack import layer_names, layer_places, rematerialize
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.typing import PRNGKey, PyTree
+
+# Folded into the key of what opens and closes a segment; the segments and pieces themselves are
+# numbered from 0.
+OPEN_KEY, CLOSE_KEY = 2**31 - 1, 2**31 - 2
 
 
 def apply_recurrence(
@@ -106,6 +111,7 @@ class _Run:
             auxes.append(aux)
         if seq > n_whole * segment_len:
             x, documents = _after(n_whole * segment_len, x, documents)
+            state = truncated(self.config, state, n_whole)
             n_before = 0
             if self.config.recurrence == "rmt":
                 memory = self._model_tokens(state, documents.index[:, 0])
@@ -127,28 +133,32 @@ class _Run:
         n_done = n_whole * self.config.memory.segment_len
         if n_done < x.shape[1]:
             x, documents = _after(n_done, x, documents)
-            tail, state, more = self.within_segment(x, documents, state)
+            tail, state, more = self.within_segment(x, documents, state, n_whole, n_whole)
             y, aux = jnp.concatenate([y, tail], axis=1), _sum([aux, more])
         return y, state, aux
 
-    def within_segment(self, x, documents, state: State):
-        """Tokens of one segment: its beginning, or its end, included."""
+    def within_segment(self, x, documents, state: State, segment: Any = 0, piece: Any = 0):
+        """Tokens of one segment: its beginning, or its end, included.
+
+        `segment` counts the call's segments, `piece` what the call has cut them into.
+        """
         config, position = self.config, state.segment.position
+        is_first = position[0] == 0
+        state = truncated(config, state, segment, is_first)
         auxes = []
         if config.recurrence != "armt":  # memory tokens in front of the first token
-            is_first = position[0] == 0
-            state, aux = _when(is_first, lambda s: self._open(documents, s), state)
+            state, aux = _when(is_first, lambda s: self._open(documents, s, piece), state)
             auxes.append(aux)
             if documents.reset is not None:  # the memory in front resets what there is to reset
                 reset = documents.reset.at[:, 0].set(documents.reset[:, 0] & ~is_first)
                 documents = documents._replace(reset=reset)
-        rows = Rows(x, (), documents, jnp.int32(0))
-        rows, layers, aux = self._one("extend", rows, state.layers)
+        rows = Rows(x, (), documents, jnp.asarray(segment, jnp.int32))
+        rows, layers, aux = self._one("extend", rows, state.layers, piece)
         auxes.append(aux)
         position = position + x.shape[1]
         state = State(layers, dataclasses.replace(state.segment, position=position))
         is_last = position[0] == config.memory.segment_len
-        state, aux = _when(is_last, lambda s: self._close(documents, s), state)
+        state, aux = _when(is_last, lambda s: self._close(documents, s, piece), state)
         auxes.append(aux)
         return self.norm(rows.tokens), state, _sum(auxes)
 
@@ -156,13 +166,17 @@ class _Run:
         """Returns what runs any tokens, `length` at a time; no piece may pass a segment's end."""
 
         def run(x, documents, state: State):
-            def step(state, piece):
-                x, documents = piece
-                y, state, aux = self.within_segment(x, documents, state)
+            start, segment_len = state.segment.position[0], self.config.memory.segment_len
+
+            def step(state, inputs):
+                piece, (x, documents) = inputs
+                segment = (start + piece * length) // segment_len
+                y, state, aux = self.within_segment(x, documents, state, segment, piece)
                 return state, (y, aux)
 
-            pieces = _cut(x.shape[1] // length, length, x, documents)
-            state, (y, aux) = jax.lax.scan(step, state, pieces)
+            n_pieces = x.shape[1] // length
+            pieces = _cut(n_pieces, length, x, documents)
+            state, (y, aux) = jax.lax.scan(step, state, (jnp.arange(n_pieces), pieces))
             y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])
             return y, state, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
 
@@ -191,14 +205,11 @@ class _Run:
 
     def _rmt_segments(self, tokens, documents, segments, caches, state: State):
         """Runs segments [memory; tokens; memory] one after another."""
-        n_memory, every = self.config.memory.n_memory_tokens, self.config.memory.bptt_segments
+        n_memory = self.config.memory.n_memory_tokens
 
         def step(memory, inputs):
             x, documents, segment = inputs
-            if every:
-                kept = jax.lax.stop_gradient(memory.tokens)
-                kept = jnp.where(segment % every == 0, kept, memory.tokens)
-                memory = dataclasses.replace(memory, tokens=kept)
+            memory = truncated(self.config, memory, segment)
             here = State(state.layers, dataclasses.replace(state.segment, memory=memory))
             first, last = documents.index[:, 0], documents.index[:, -1]
             before, after = self._model_tokens(here, first), self._model_tokens(here, last)
@@ -211,20 +222,20 @@ class _Run:
         memory, (y, aux) = jax.lax.scan(step, state.segment.memory, (tokens, documents, segments))
         return y, memory, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
 
-    def _open(self, documents: Documents, state: State):
+    def _open(self, documents: Documents, state: State, piece):
         first = documents.index[:, 0]
         if self.config.recurrence == "layerwise":
             x = jnp.zeros((first.shape[0], 1, self.config.d_model), self.config.dtype)
             rows = Rows(x, (), one_document(first, 1), jnp.int32(0))
-            _, layers, aux = self._one("open", rows, state.layers)
+            _, layers, aux = self._one("open", rows, state.layers, piece, OPEN_KEY)
             return State(layers, state.segment), aux
         memory = TokenCache(self._model_tokens(state, first), first)
         documents = one_document(first, memory.tokens.shape[1])
         rows = Rows(memory.tokens, (), documents, jnp.int32(0))
-        _, layers, aux = self._one("extend", rows, state.layers)
+        _, layers, aux = self._one("extend", rows, state.layers, piece, OPEN_KEY)
         return State(layers, dataclasses.replace(state.segment, memory=memory)), aux
 
-    def _close(self, documents: Documents, state: State):
+    def _close(self, documents: Documents, state: State, piece):
         last = documents.index[:, -1]
         batch, n_memory = last.shape[0], self.config.memory.n_memory_tokens
         if self.config.recurrence == "layerwise":
@@ -235,7 +246,7 @@ class _Run:
             tokens = self._travelling(1, batch)[0]
         documents = one_document(last, tokens.shape[1])
         rows = Rows(tokens, (), documents, jnp.int32(0))
-        rows, layers, aux = self._one("close", rows, state.layers)
+        rows, layers, aux = self._one("close", rows, state.layers, piece, CLOSE_KEY)
         memory = state.segment.memory
         if self.config.recurrence == "rmt":
             memory = TokenCache(self.norm(rows.tokens[:, -n_memory:]), last)
@@ -259,9 +270,15 @@ class _Run:
         pairs = zip(self.layers, caches, strict=True)
         return tuple(c._replace(inner=()) if layer.is_local else c for layer, c in pairs)
 
-    def _run(self, cell: str, rows: Rows, caches, first_segment: Any = 0):
-        """Runs one of the cells in all layers over stacked rows."""
-        config = self.config
+    def _run(self, cell: str, rows: Rows, caches, number: Any = 0, folded: int | None = None):
+        """Runs one of the cells in all layers over stacked rows.
+
+        `number` is that of the first segment or piece, and `folded` goes into the key: no two cells
+        of a call may share both.
+        """
+        config, key = self.config, self.key
+        if key is not None and folded is not None:
+            key = jax.random.fold_in(key, folded)
         places = map(jnp.asarray, layer_places(config))
         stack, state, memory = (self.params[part] for part in ("stack", "state", "memory"))
         stacked = tuple(
@@ -274,17 +291,17 @@ class _Run:
             rows,
             caches,
             schedule=config.schedule,
-            key=self.key,
-            first_segment=first_segment,
+            key=key,
+            first_segment=number,
             n_ramp_buckets=config.n_ramp_buckets,
             unroll=config.unroll,
             layer_axis=config.layer_axis,
         )
 
-    def _one(self, cell: str, rows: Rows, caches, first_segment: Any = 0):
+    def _one(self, cell: str, rows: Rows, caches, number: Any, folded: int | None = None):
         """`_run` for one segment."""
         rows = jax.tree.map(lambda leaf: leaf[None], rows)
-        rows, caches, aux = self._run(cell, rows, caches, first_segment)
+        rows, caches, aux = self._run(cell, rows, caches, number, folded)
         return jax.tree.map(lambda leaf: leaf[0], rows), caches, aux
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx_jax.models import build_model
+from longctx_jax.models import build_model, memory_cells
+from longctx_jax.models.base import Decoder
 from longctx_jax.models.memory_cells import surround
 from longctx_jax.models.recurrence_state import make_layers
 from longctx_jax.models.stack import call_module
@@ -27,6 +28,11 @@ MODELS = {
     "rmt": {"kind": "rmt"},
     "mixed": {"n_heads": 2},  # ARMT layers among others, which run on from segment to segment
 }
+
+
+def slow_but(quick, names):
+    """Returns the parameters, all but one of them for the slow tests."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache
@@ -133,14 +139,11 @@ def in_calls(model, variables, lengths, documents):
 
 
 SPLITS = ((1,) * SEQ, (8, 6), (2, 6, 6), (3, 5, 6))  # 6: in pieces of 2, or of 1
-FAST = ("armt", "rmt")
 
 
 @in_float64
 @pytest.mark.parametrize("has_documents", (pytest.param(False, marks=pytest.mark.slow), True))
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "armt" else pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", slow_but("armt", MODELS))
 def test_any_split_is_the_one_call(name, has_documents):
     model, variables = make(name)
     expected = one_call(name, has_documents)
@@ -224,29 +227,100 @@ def test_schedules_agree(name, n_layers, n_tokens):
         assert_trees_close(grads, expected[2], rel_rms=1e-11)
 
 
-def reach(name, every):
-    """Returns by segment, whether the last segment's output has a gradient to its tokens."""
-    model, variables = make(name, bptt_segments=every, vocab_size=3 * SEGMENT)
-    tokens = np.arange(3 * SEGMENT)[None]
-    weights = make_normal(3, SEGMENT, 8)
+def first_reached(name, every, n_before, n_tokens):
+    """Returns the first of a call's tokens to which its last output has a gradient.
+
+    `n_before` tokens are in the cache that the call is given; None = no cache.
+    """
+    model, variables = make(name, bptt_segments=every, vocab_size=4 * SEGMENT)
+    tokens = np.arange(n_tokens)[None]
+    weights = make_normal(3, 8)
+    cache = None
+    if n_before is not None:
+        cache = model.init_cache(1, 4 * SEGMENT)
+        if n_before:
+            cache = model.hidden(variables, tokens[:, :n_before], cache).cache
 
     def last(embed):
         params = {**variables["params"], "embed": embed}
-        hidden = model.hidden({**variables, "params": params}, tokens).hidden
-        return jnp.sum(hidden[0, -SEGMENT:] * weights)
+        hidden = model.hidden({**variables, "params": params}, tokens, cache).hidden
+        return jnp.sum(hidden[0, -1] * weights)
 
     grads = jax.grad(last)(variables["params"]["embed"])["table"]
-    return [bool(np.any(part)) for part in np.split(np.asarray(grads), 3)]
+    return int(np.argmax(np.any(np.asarray(grads), axis=-1)))
+
+
+CALLS = {  # tokens in front, tokens; the first token of the call's third segment
+    "whole": (None, 12, 8),
+    "unfinished": (None, 11, 8),
+    "cached": (0, 11, 8),
+    "pieces": (2, 10, 6),
+}
 
 
 @in_float64
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAST)
-def test_truncation_truncates(name):
-    assert reach(name, 0) == [True, True, True]
-    assert reach(name, 1) == [False, False, True]
-    assert reach(name, 2) == [False, False, True]  # cut in front of segments 0 and 2
-    assert reach(name, 3) == [True, True, True]
+@pytest.mark.parametrize("every", slow_but(2, (2, 3)))
+@pytest.mark.parametrize("call", slow_but("unfinished", CALLS))
+@pytest.mark.parametrize("name", slow_but("armt", MODELS))
+def test_truncation_truncates(name, call, every):
+    n_before, n_tokens, third = CALLS[call]
+    assert first_reached(name, every, n_before, n_tokens) == (third if every == 2 else 0)
+
+
+@in_float64
+@pytest.mark.parametrize("lengths", slow_but((), [(), (13,), (7, 5, 1)]), ids=str)
+def test_a_cache_with_room_for_the_tokens_is_large_enough(lengths):
+    """Memory tokens push none of them out of the cache of a layer of full attention."""
+    model, variables = make("armt", pattern=("softmax", "armt"))
+    tokens = TOKENS[:, : 3 * SEGMENT + 1]  # with the memory tokens behind the last segment: 14
+    expected = model.apply(variables, tokens, model.init_cache(BATCH, 4 * SEQ)).logits
+    cache, start, logits = model.init_cache(BATCH, tokens.shape[1]), 0, []
+    for length in lengths:
+        out = model.apply(variables, tokens[:, start : start + length], cache)
+        cache, start = out.cache, start + length
+        logits.append(out.logits)
+    if not lengths:
+        logits.append(model.apply(variables, tokens).logits)
+    assert_close(np.concatenate(logits, axis=1), expected, rel_rms=1e-12)
+
+
+def keys_of_blocks(model, variables, tokens, cache, monkeypatch):
+    """Returns the dropout key of every call of a block within one call of the model."""
+    keys = []
+
+    def spy(module, params, *args, **options):
+        if "rngs" in options:
+            data = jax.random.key_data(options["rngs"]["dropout"])
+            jax.debug.callback(lambda key: keys.append(tuple(key.tolist())), data)
+        return call_module(module, params, *args, **options)
+
+    monkeypatch.setattr(memory_cells, "call_module", spy)
+    hidden = Decoder.hidden.__wrapped__  # not what is compiled already  # pyright: ignore
+    options = {"rngs": {"dropout": jax.random.key(1)}, "train": True}
+    jax.block_until_ready(jax.jit(lambda: hidden(model, variables, tokens, cache, **options))())
+    jax.effects_barrier()
+    monkeypatch.undo()
+    return keys
+
+
+@pytest.mark.parametrize("call", slow_but("cached", CALLS))
+@pytest.mark.parametrize("name", slow_but("mixed", MODELS))
+def test_no_two_cells_drop_alike(name, call, monkeypatch):
+    model, variables = make(name, dropout=0.5, dtype="float32")
+    n_before, n_tokens, _ = CALLS[call]
+    cache = None if n_before is None else model.init_cache(BATCH, SEQ)
+    if n_before:
+        cache = model.hidden(variables, TOKENS[:, :n_before], cache).cache
+    keys = keys_of_blocks(model, variables, TOKENS[:, :n_tokens], cache, monkeypatch)
+    assert len(set(keys)) == len(keys) >= 3 * model.config.n_layers
+    if n_before:
+        return
+    # A segment's key is that of its place in the call, with a cache and without.
+    stack_key = jax.random.fold_in(jax.random.key(1), 1)
+    for segment in range(n_tokens // SEGMENT):
+        for layer in range(model.config.n_layers):
+            key = jax.random.fold_in(jax.random.fold_in(stack_key, segment), layer)
+            assert tuple(jax.random.key_data(key).tolist()) in keys
 
 
 @in_float64
@@ -275,6 +349,16 @@ MISTAKES = [
     ({"memory": {"mixer": "armt"}}, "memory.mixer must be one of"),
     ({"memory": {"n_heads": 3}}, "memory.n_heads must divide memory.d_memory"),
     ({"memory": {"kind": "rmt"}, "pattern": ("armt",)}, "cannot hold 'armt'"),
+    (
+        {"memory": {"kind": "rmt"}, "pattern": ("armt",), "name": "transformer"},
+        "cannot hold 'armt'",
+    ),
+    (
+        {"memory": {"mixer": "lstm"}, "pattern": ("armt",), "name": "transformer"},
+        "memory.mixer must",
+    ),
+    ({"pattern": ("sliding",)}, "pattern must hold 'armt' with name='recurrent_memory'"),
+    ({"memory": {"segment_len": 2.5}}, "memory.segment_len must be an integer: got 2.5; write a"),
 ]
 
 
