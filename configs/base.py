@@ -24,7 +24,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def model_config() -> ml_collections.ConfigDict:
     """The model: sizes shared by all schemes, then one sub-config a mixer."""
     c = ml_collections.ConfigDict()
-    c.name = "transformer"  # transformer | transformer_vq | decay | recurrent_memory
+    # transformer | transformer_vq | decay | recurrent_memory | stagformer
+    c.name = "transformer"
     c.pattern = ()  # repeating mixers, e.g. ("decay", "decay", "sliding"); () = the model's own
     c.n_layers = 6  # blocks; a multiple of the pattern's length
     c.d_model = 256  # width of the residual stream
@@ -135,6 +136,25 @@ def model_config() -> ml_collections.ConfigDict:
     c.memory.use_denominator = True  # armt: recall weighted means; False = sums
     c.memory.normalize = False  # armt: features of length 1
     c.memory.eps = 1e-5  # armt: added to denominators; 1e-5 as published, more = tamer training
+
+    c.stagformer = ml_collections.ConfigDict()
+    c.stagformer.n_stacks = 2  # n_layers / n_stacks layers each; all start from the embedding
+    c.stagformer.share_weights = False  # one stack, passed n_stacks times
+    # what a stack gets of the one below: cross (attention in every layer) | add (to its input)
+    c.stagformer.handoff = "cross"
+    c.stagformer.cross_window = 0  # tokens back that it sees; 0 = all, 1 = a linear map
+    c.stagformer.cross_position = "rotary"  # rotary | none
+    # decoding keeps kv (keys and values a layer) | memory (their source, once; position none)
+    c.stagformer.cross_cache = "kv"
+    c.stagformer.first_slot = "learned"  # what a document's first token sees: learned | zero
+    c.stagformer.combine = "last"  # output: last (stack) | linear (learned sum of all)
+    c.stagformer.pass_embedding = False  # a learned gain and bias a stack, on the embedding
+    c.stagformer.stagger = True  # False: the control; no token late, and no parallel decoding
+    # of one token: lanes (all stacks at once) | sequential | auto (lanes where staggered)
+    c.stagformer.decode = "auto"
+    # decode with the last pass alone, which then sees its own outputs: an approximation
+    c.stagformer.recurrent = False
+    c.stagformer.stack_axis = ""  # mesh axis that decoding spreads the stacks over; "" = one device
     return c
 
 

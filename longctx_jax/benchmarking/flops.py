@@ -43,8 +43,13 @@ def forward_flops_per_token(
         raise ValueError(f'pairs must be "visible" or "dense": got {pairs!r}; choose one of them')
     if config.recurrence != "none":
         return recurrence_flops(config, pairs=pairs) + 2 * config.d_model * config.vocab_size
+    past = {"n_past": n_past, "cache_len": cache_len, "pairs": pairs}
     n_repeats = config.n_layers // len(config.pattern)
     total = config.n_layers * mlp_flops(config)
+    if config.name == "stagformer":
+        stag = config.stagformer
+        n_upper = config.n_layers - config.n_layers // stag.n_stacks
+        total += n_upper * cross_flops(config, seq_len, **past)
     for kind in config.pattern:
         if kind == "decay":
             layer = decay_flops(config, seq_len)
@@ -56,12 +61,7 @@ def forward_flops_per_token(
             layer = mamba_flops(config, seq_len)
         else:
             window = config.sliding.window_len if kind == "sliding" else 0
-            reach = min(filter(None, (window, cache_len)), default=0)
-            if pairs == "dense":
-                n_keys = float(seq_len + (reach or n_past if n_past else 0))
-            else:
-                n_keys = mean_visible_keys(seq_len, n_past, reach)
-            layer = softmax_flops(config, n_keys)
+            layer = softmax_flops(config, _n_keys(seq_len, window, **past))
         total += n_repeats * layer
     return total + 2 * config.d_model * config.vocab_size
 
@@ -103,6 +103,29 @@ def recurrence_flops(config: ModelConfig, *, pairs: str = "visible") -> float:
     write = n_after * (2 * d * (memory.d_memory + d + memory.n_heads) + 2 * recall)
     n_armt = config.pattern.count("armt") * config.n_layers // len(config.pattern)
     return (rows + n_armt * (read + write)) / memory.segment_len
+
+
+def _n_keys(seq_len: int, window_len: int, *, n_past: int, cache_len: int, pairs: str) -> float:
+    """Returns how many keys a query meets on average."""
+    reach = min(filter(None, (window_len, cache_len)), default=0)
+    if pairs == "dense":
+        return float(seq_len + (reach or n_past if n_past else 0))
+    return mean_visible_keys(seq_len, n_past, reach)
+
+
+def cross_flops(config: ModelConfig, seq_len: int, **past) -> float:
+    """Returns what a layer of an upper staggered stack adds: attention onto the one below.
+
+    As a layer of self-attention; a window of 1 is one product, 2 d^2, and a sum at the input is
+    none. Keys and values are counted once a token, as if kept: attention over the rows themselves
+    (cross_cache "memory") does 2 H n (2 d - K - V) more for n rows.
+    """
+    stag = config.stagformer
+    if stag.handoff == "add":
+        return 0.0
+    if stag.cross_window == 1:
+        return 2.0 * config.d_model**2
+    return softmax_flops(config, _n_keys(seq_len, stag.cross_window, **past))
 
 
 def mlp_flops(config: ModelConfig) -> int:

@@ -12,17 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.models import recurrence, recurrence_state
+from longctx_jax.models import recurrence_state
+from longctx_jax.models.bodies import body_of
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.stack import (
-    apply_stack,
-    call_module,
-    describe_stack_state,
-    has_state,
-    init_stack,
-    init_stack_cache,
-    update_stack_state,
-)
+from longctx_jax.models.stack import call_module, has_state
 from longctx_jax.nn.contract import Aux, advance_documents
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.norms import make_norm
@@ -33,10 +26,11 @@ from longctx_jax.typing import PRNGKey, PyTree
 class ModelCache:
     """What a model remembers between calls."""
 
-    layers: tuple[PyTree, ...]  # one stacked cache a pattern position, leaves [layers, batch, ...]
+    layers: Any  # of the layers, leaves [layers, batch, ...], stagformer [rows, lanes, batch, ...]
     last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
     document: jax.Array  # int32 [batch], number of the document the last token belongs to
-    segment: Any = ()  # SegmentCache of recurrent memory
+    carried: Any = ()  # SegmentCache of recurrent memory, Handover of staggered stacks
+    row_axis: int = flax.struct.field(pytree_node=False, default=1)  # of the batch, in layers
 
 
 class DecoderOutput(NamedTuple):
@@ -72,15 +66,12 @@ class Decoder:
         embed_key, stack_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
         hidden = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
-        stack, state = init_stack(self.config, stack_key)
+        body, state = self._body.init(self.config, stack_key)
         params = {
             "embed": self._embed.init(embed_key, tokens)["params"],
-            "stack": stack,
+            **body,
             "norm": self._norm.init(embed_key, hidden)["params"],
         }
-        if self.config.recurrence != "none":
-            memory_key = jax.random.fold_in(stack_key, 2**31 - 1)
-            params["memory"] = recurrence_state.init_recurrence(self.config, memory_key)
         return {"params": params, "model_state": {"stack": state} if state else {}}
 
     @property
@@ -107,11 +98,13 @@ class Decoder:
         """
         if not model_state:
             return model_state
-        return {"stack": update_stack_state(self.config, model_state["stack"], aux, key)}
+        return {"stack": self._body.update_state(self.config, model_state["stack"], aux, key)}
 
     def describe_model_state(self, model_state: PyTree) -> dict[str, jax.Array]:
         """Returns scalar metrics of the non-gradient state, e.g. how many codes are in use."""
-        return describe_stack_state(self.config, model_state["stack"]) if model_state else {}
+        if not model_state:
+            return {}
+        return self._body.describe_state(self.config, model_state["stack"])
 
     def init_cache(self, batch_size: int, max_len: int) -> ModelCache:
         """Returns an empty cache.
@@ -130,16 +123,13 @@ class Decoder:
                 f"a cache needs at least one row and one token: got batch_size={batch_size}, "
                 f"max_len={max_len}; pass positive sizes"
             )
-        segment: Any = ()
-        if self.config.recurrence == "none":
-            layers = init_stack_cache(self.config, batch_size, max_len)
-        else:
-            layers, segment = recurrence_state.init_state(self.config, batch_size, max_len)
+        layers, carried = self._body.init_cache(self.config, batch_size, max_len)
         return ModelCache(
             layers=layers,
             last_segment_id=jnp.full((batch_size,), -1, jnp.int32),
             document=jnp.zeros((batch_size,), jnp.int32),
-            segment=segment,
+            carried=carried,
+            row_axis=self._body.row_axis,
         )
 
     def apply(
@@ -193,11 +183,12 @@ class Decoder:
         params = variables["params"]
         key = self._dropout_key(rngs, train)
         batch, seq = tokens.shape
-        documents, layers = None, None
+        documents, before = None, None
         if cache is not None or segment_ids is not None or weights is not None:
             last = (jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
             if cache is not None:
-                last, layers = (cache.last_segment_id, cache.document), cache.layers
+                last = (cache.last_segment_id, cache.document)
+                before = (cache.layers, cache.carried)
             documents, last_id, document = advance_documents(segment_ids, *last, seq, weights)
 
         x = call_module(self._embed, params["embed"], tokens)
@@ -211,22 +202,27 @@ class Decoder:
                 f"{sorted(variables)}; pass all that `init` returned"
             )
         norm = functools.partial(call_module, self._norm, params["norm"])
-        segment: Any = ()
-        if self.config.recurrence == "none":
-            stack = (params["stack"], state["stack"])
-            x, layers, aux = apply_stack(
-                self.config, *stack, x, documents, layers, key=key, train=train
+        x, after, aux = self._body.apply(
+            self.config,
+            params,
+            state["stack"],
+            x,
+            documents,
+            before,
+            norm=norm,
+            key=key,
+            train=train,
+        )
+        if after is not None:
+            layers, carried = after
+            assert cache is not None
+            cache = dataclasses.replace(
+                cache,
+                layers=layers,
+                last_segment_id=last_id,
+                document=document,
+                carried=carried,
             )
-            x = norm(x)
-        else:
-            before = None if cache is None else recurrence_state.State(cache.layers, cache.segment)
-            parts = {"stack": params["stack"], "state": state["stack"], "memory": params["memory"]}
-            x, after, aux = recurrence.apply_recurrence(
-                self.config, parts, x, documents, before, norm=norm, key=key, train=train
-            )
-            layers, segment = (None, ()) if after is None else after
-        if layers is not None:
-            cache = ModelCache(layers, last_segment_id=last_id, document=document, segment=segment)
         return HiddenOutput(x, cache, aux)
 
     def unembedding(self, variables: dict[str, PyTree]) -> jax.Array:
@@ -249,6 +245,10 @@ class Decoder:
                 f"config.model.dropout={self.config.dropout}; pass rngs={{'dropout': key}}"
             )
         return rngs["dropout"]
+
+    @property
+    def _body(self):
+        return body_of(self.config)
 
     @property
     def _embed(self) -> Embed:

@@ -22,6 +22,7 @@ from longctx_jax.models.mixer_configs import (
     VQConfig,
 )
 from longctx_jax.models.schedules import SCHEDULES
+from longctx_jax.models.stagformer_config import StagFormerConfig
 from longctx_jax.nn.mlp import MLPS
 from longctx_jax.nn.norms import NORMS
 
@@ -69,6 +70,7 @@ class ModelConfig:
     rwkv: RWKVConfig = RWKVConfig()
     mamba: MambaConfig = MambaConfig()
     memory: MemoryConfig = MemoryConfig()
+    stagformer: StagFormerConfig = StagFormerConfig()
 
     def __post_init__(self):
         require_integers(self)
@@ -205,7 +207,7 @@ def model_config(fields: Any) -> ModelConfig:
     Raises:
         ValueError: if a field is unknown or has an impossible value.
     """
-    nested = {**MIXER_CONFIGS, "memory": MemoryConfig}
+    nested = {**MIXER_CONFIGS, "memory": MemoryConfig, "stagformer": StagFormerConfig}
     if isinstance(fields, ModelConfig):
         return fields
     values = {}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from longctx_jax.models import decay, recurrent_memory, transformer, transformer_vq
+from longctx_jax.models import decay, recurrent_memory, stagformer, transformer, transformer_vq
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import model_config
 from longctx_jax.models.config_checks import require_one_of
@@ -12,6 +12,7 @@ MODELS = {
     "transformer_vq": transformer_vq.build,
     "decay": decay.build,
     "recurrent_memory": recurrent_memory.build,
+    "stagformer": stagformer.build,
 }
 
 

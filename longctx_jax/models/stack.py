@@ -6,6 +6,7 @@ non-gradient state, for the mixers that have any.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -243,25 +244,58 @@ def apply_stack(
     *,
     key: PRNGKey | None,
     train: bool,
-) -> tuple[jax.Array, tuple[PyTree, ...] | None, Aux]:
-    """Runs the stack over [batch, seq, d_model], cut into segments and ordered as config says.
-
-    A last segment shorter than segment_len runs after the others: the split law makes that exact.
-    """
+) -> tuple[jax.Array, tuple[PyTree, ...] | None, tuple[Aux, ...]]:
+    """Runs the stack over [batch, seq, d_model], cut into segments and ordered as config says."""
     places = map(jnp.asarray, layer_places(config))
     stacked = tuple(
         (params[name], state.get(name), at)
         for name, at in zip(layer_names(config), places, strict=True)
     )
     cells = tuple(_make_cell(config, block, train) for block in make_blocks(config))
+
+    def fresh():
+        return init_stack_cache(config, x.shape[0], x.shape[1])
+
+    stream = (x, documents)
+    return run_segments(config, cells, stacked, stream, caches, key=key, make_caches=fresh)
+
+
+def run_segments(
+    config: ModelConfig,
+    cells: tuple[Callable[..., Any], ...],
+    stacked: tuple[PyTree, ...],
+    stream: tuple[Any, ...],
+    caches: tuple[PyTree, ...] | None,
+    *,
+    key: PRNGKey | None,
+    make_caches: Callable[[], tuple[PyTree, ...]],
+) -> tuple[jax.Array, tuple[PyTree, ...] | None, tuple[Aux, ...]]:
+    """Runs a call through the layers in segments of config.segment_len tokens.
+
+    A last segment shorter than segment_len runs after the others: the split law makes that exact.
+
+    Args:
+        cells: one a pattern position, (layer_params, stream, cache[, key]) -> (stream, cache, aux).
+        stacked: parameters, one tree a pattern position.
+        stream: what travels up the layers: activations [batch, seq, d_model], documents, and what
+            else the cells want, leaves [batch, seq, ...].
+        caches: stacked; None = nothing came before, and nothing is wanted back.
+        key: of dropout.
+        make_caches: empty caches, for calls of several segments that keep nothing.
+
+    Returns:
+        (activations, caches, aux).
+    """
+    x, documents, *rest = stream
     seq = x.shape[1]
     segment_len = min(config.segment_len or seq, seq)
     n_full = seq // segment_len
     wanted_back = caches is not None
     if caches is None and segment_len < seq:
-        caches = init_stack_cache(config, x.shape[0], seq)
+        caches = make_caches()
         if documents is None:
             documents = Documents(jnp.zeros(x.shape[:2], jnp.int32), None)
+    stream = (x, documents, *rest)
 
     def run(stream, caches, first_segment):
         return run_stack(
@@ -281,13 +315,12 @@ def apply_stack(
         leaf = leaf[:, start : start + n * length]
         return jnp.moveaxis(leaf.reshape(leaf.shape[0], n, length, *leaf.shape[2:]), 1, 0)
 
-    stream = (x, documents)
     head = jax.tree.map(lambda leaf: segments(leaf, 0, n_full, segment_len), stream)
-    (y, _), caches, aux = run(head, caches, 0)
+    (y, *_), caches, aux = run(head, caches, 0)
     y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])
     if tail_len := seq - n_full * segment_len:
         tail = jax.tree.map(lambda leaf: segments(leaf, seq - tail_len, 1, tail_len), stream)
-        (last, _), caches, tail_aux = run(tail, caches, n_full)
+        (last, *_), caches, tail_aux = run(tail, caches, n_full)
         y = jnp.concatenate([y, last[0]], axis=1)
         aux = jax.tree.map(jnp.add, aux, tail_aux)
     return y, caches if wanted_back else None, aux

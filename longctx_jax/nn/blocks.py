@@ -46,7 +46,19 @@ class Block(nn.Module):
     n_layers: int = 1
     d_model: int = 0
 
-    @nn.compact
+    def setup(self):
+        """Makes the norms and the second half; a part that is never called has no parameters."""
+        self.mixer_norm = make_norm(self.norm, self.dtype)
+        self.dropped = nn.Dropout(self.dropout, deterministic=False)
+        if self.mlp == "none":
+            return
+        self.mlp_norm = make_norm(self.norm, self.dtype)
+        if self.mlp in RECURRENT_MLPS:
+            sizes = (self.d_ff, self.n_layers, self.dtype, self.output_scale)
+            self.second: Any = RWKVChannelMix(*sizes, name="mlp")
+        else:
+            self.second = MLP(self.mlp, self.d_ff, self.dtype, self.output_scale, name="mlp")
+
     def __call__(
         self,
         x: jax.Array,
@@ -60,27 +72,51 @@ class Block(nn.Module):
 
         `layer` is the block's place in the stack, int32; None = 0.
         """
-        mlp_cache = None
-        if self.mlp in RECURRENT_MLPS and cache is not None:
-            cache, mlp_cache = cache
-        normed = make_norm(self.norm, self.dtype, "mixer_norm")(x)
-        mixed, cache, aux = self.mixer(normed, cache, documents, layer=layer, train=train)
-        x = x + self._drop(mixed, train)
+        x, cache, aux = self.mix(x, cache, documents, layer=layer, train=train)
+        x, cache = self.feed(x, cache, documents, layer=layer, train=train)
+        return x, cache, aux
+
+    def mix(
+        self,
+        x: jax.Array,
+        cache: Any,
+        documents: Documents | None = None,
+        *,
+        layer: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Any, Aux]:
+        """The first half, arguments as of the whole; of a BlockCache it extends the mixer's."""
+        both = cache if isinstance(cache, BlockCache) else None
+        own: Any = cache if both is None else both.mixer
+        normed = self.mixer_norm(x)
+        mixed, own, aux = self.mixer(normed, own, documents, layer=layer, train=train)
+        cache = own if both is None else both._replace(mixer=own)
+        return x + self._drop(mixed, train), cache, aux
+
+    def feed(
+        self,
+        x: jax.Array,
+        cache: Any,
+        documents: Documents | None = None,
+        *,
+        layer: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """The second half, arguments as of the whole; returns x unchanged if there is none."""
         if self.mlp == "none":
-            return x, cache, aux
-        hidden = make_norm(self.norm, self.dtype, "mlp_norm")(x)
+            return x, cache
+        hidden = self.mlp_norm(x)
         if self.mlp in RECURRENT_MLPS:
-            sizes = (self.d_ff, self.n_layers, self.dtype, self.output_scale)
-            mlp = RWKVChannelMix(*sizes, name="mlp")
-            y, mlp_cache = mlp(hidden, mlp_cache, documents, layer=layer)
-            cache = None if cache is None else BlockCache(cache, mlp_cache)
+            own = None if cache is None else cache.mlp
+            y, own = self.second(hidden, own, documents, layer=layer)
+            cache = None if cache is None else cache._replace(mlp=own)
         else:
-            y = MLP(self.mlp, self.d_ff, self.dtype, self.output_scale, name="mlp")(hidden)
-        return x + self._drop(y, train), cache, aux
+            y = self.second(hidden)
+        return x + self._drop(y, train), cache
 
     def _drop(self, x: jax.Array, train: bool) -> jax.Array:
         if train and self.dropout > 0.0:
-            x = nn.Dropout(self.dropout, deterministic=False)(x)
+            x = self.dropped(x)
         if train and self.layer_drop > 0.0:
             keep = 1.0 - self.layer_drop
             mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))

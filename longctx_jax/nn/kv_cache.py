@@ -95,7 +95,7 @@ def cached_attention(
     seq, capacity = query.shape[1], cache.key.shape[1]
     extended = extend(cache, key, value, documents.index)
     if seq == 1:  # the ring holds the new token and every other it may see
-        partial = _attend_ring(
+        partial = attend_ring(
             query, extended, cache.position[:, None], documents.index, relative_bias
         )
         return partial.out, extended
@@ -118,7 +118,7 @@ def cached_attention(
     near = Partial(own.out[:, :n_reaching], own.log_normalizer[:, :n_reaching])
 
     def attend(_):
-        return _attend_ring(
+        return attend_ring(
             query[:, :n_reaching],
             cache,
             positions[:, :n_reaching],
@@ -131,7 +131,24 @@ def cached_attention(
     return jnp.concatenate([out, own.out[:, n_reaching:]], axis=1), extended
 
 
-def _attend_ring(query, cache: KVCache, positions, documents, relative_bias) -> Partial:
+def attend_ring(
+    query: jax.Array,
+    cache: KVCache,
+    positions: jax.Array,
+    documents: jax.Array,
+    relative_bias: jax.Array | None,
+    scale: float | None = None,
+) -> Partial:
+    """Attends over what the ring holds.
+
+    Args:
+        query: [batch, seq, heads, key].
+        cache: read only.
+        positions: of the queries, int32 [batch, seq].
+        documents: of the queries, numbered as those in the cache, int32 [batch, seq].
+        relative_bias: as in `attention`.
+        scale: of the scores; None = 1/sqrt(key width).
+    """
     return attention_partial(
         query,
         cache.key.astype(query.dtype),
@@ -139,4 +156,5 @@ def _attend_ring(query, cache: KVCache, positions, documents, relative_bias) -> 
         Keys(positions, cache.slot_positions, documents, cache.slot_documents),
         window_len=cache.key.shape[1],
         relative_bias=relative_bias,
+        scale=scale,
     )

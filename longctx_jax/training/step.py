@@ -224,10 +224,10 @@ def _merge(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _map_rows(cache: ModelCache | None, function: Callable[[jax.Array, int], jax.Array]) -> PyTree:
-    """Applies function(leaf, row axis): rows are axis 1 of layer caches, axis 0 of the rest."""
+    """Applies function(leaf, row axis): rows are axis 0 but for the layers' caches."""
     if cache is None:
         return None
-    layers = jax.tree.map(lambda leaf: function(leaf, 1), cache.layers)
+    layers = jax.tree.map(lambda leaf: function(leaf, cache.row_axis), cache.layers)
     rest = jax.tree.map(lambda leaf: function(leaf, 0), dataclasses.replace(cache, layers=()))
     return dataclasses.replace(rest, layers=layers)
 

@@ -43,6 +43,9 @@ def dots_of(model, seq=SEQ):
         {"name": "transformer", "pattern": ("sliding",)},
         {"name": "decay", "d_value": 12, "n_kv_heads": 1},
         {"name": "transformer", "pattern": ("decay", "softmax")},
+        {"name": "stagformer", "n_kv_heads": 1},
+        {"name": "stagformer", "stagformer": {"cross_window": 1, "share_weights": True}},
+        {"name": "stagformer", "stagformer": {"handoff": "add"}},
     ],
     ids=str,
 )

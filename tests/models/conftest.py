@@ -61,6 +61,7 @@ MODELS = {
         "pattern": ("mamba",),
         "mamba": {"d_state": 3, "head_len": 8, "n_groups": 2, "conv_len": 3, "chunk_len": 4},
     },
+    "stagformer": {"name": "stagformer"},
     "mixed": {
         "pattern": ("decay", "decay", "sliding"),
         "n_layers": 3,

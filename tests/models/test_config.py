@@ -191,6 +191,12 @@ def n_params(c, heads_of_layers):
                 c.n_heads * 32 * (softmax.position == "relative") + 2 * c.d_key * softmax.qk_norm
             )
         total += mixer + norm + (mlp + norm) * (c.mlp != "none")
+    if c.name == "stagformer":  # a first slot and a norm a border, a cross-attention a layer above
+        kv = c.n_kv_heads * (c.d_key + c.d_value)
+        cross = norm + c.d_model * (c.n_heads * (c.d_key + c.d_value) + kv)
+        n_borders = c.stagformer.n_stacks - 1
+        total += n_borders * (norm + c.d_model)
+        total += n_borders * cross * c.n_layers // c.stagformer.n_stacks
     return total
 
 

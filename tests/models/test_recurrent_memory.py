@@ -152,7 +152,7 @@ def test_any_split_is_the_one_call(name, has_documents):
         documents = DOCUMENTS if has_documents else None
         logits, cache = in_calls(model, variables, lengths, documents)
         assert_close(logits, expected, rel_rms=1e-12)
-        caches.append(cache.segment)
+        caches.append(cache.carried)
     assert np.all(caches[0].position == SEQ % SEGMENT)
     assert_trees_close(caches[-1], caches[0], rel_rms=1e-12)
 

@@ -1,0 +1,15 @@
+"""StagFormer on PG-19 as bytes: configs/enwik8/stagformer_small.py without dropout."""
+
+import ml_collections
+
+from configs.enwik8 import stagformer_small
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config."""
+    config = stagformer_small.get_config(arg)
+    config.data.name = "pg19"
+    config.model.dropout = 0.0
+    config.model.embed_dropout = 0.0
+    config.train.n_steps = 100_000
+    return config

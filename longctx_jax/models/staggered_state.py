@@ -1,0 +1,179 @@
+"""Parameters, state and caches of time-staggered stacks, and their lanes.
+
+A lane is one stack's share of an array that all stacks have. A stack above another also has an
+*upper* lane: what it needs to see that one. The first stack has none, except on several devices,
+which all run the same program: there it is idle.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.stack import init_stack, layer_names, make_blocks, output_scale
+from longctx_jax.nn.cross_attention import CrossHalf, init_ring
+from longctx_jax.nn.kv_cache import KVCache
+from longctx_jax.nn.norms import make_norm
+from longctx_jax.typing import PRNGKey, PyTree
+
+
+class LaneCache(NamedTuple):
+    """Caches of one pattern position, leaves [rows of the pattern, lanes, batch, ...]."""
+
+    own: PyTree  # of the block
+    cross: KVCache | None  # upper lanes; None if cross-attention keeps nothing of its own
+
+
+class StackCaches(NamedTuple):
+    """The caches of all stacks."""
+
+    positions: tuple[LaneCache, ...]  # one a pattern position
+    ring: KVCache | None  # [1, upper lanes, batch, ...]: memory rows that all layers share
+
+
+@flax.struct.dataclass
+class Handover:
+    """What goes from token to token beside the layers' caches."""
+
+    last: jax.Array  # [batch, upper lanes, d_model], newest output of the stack below
+    is_started: jax.Array  # bool [batch], whether there is such a token
+
+
+def stack_config(config: ModelConfig) -> ModelConfig:
+    """Returns the config of one stack: its n_layers are those of a stack."""
+    return dataclasses.replace(config, n_layers=config.n_layers // config.stagformer.n_stacks)
+
+
+def n_idle_stacks(config: ModelConfig) -> int:
+    """Returns how many stacks have no upper lane."""
+    return 0 if config.stagformer.stack_axis else 1
+
+
+def cross_half(config: ModelConfig) -> CrossHalf:
+    """Returns the cross-attention of a layer of an upper stack."""
+    stag = config.stagformer
+    return CrossHalf(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        d_key=config.d_key,
+        d_value=config.d_value,
+        window_len=stag.cross_window,
+        position=stag.cross_position,
+        rope_theta=config.softmax.rope_theta,
+        delay=1 if stag.stagger else 0,
+        implementation=config.softmax.implementation,
+        norm=config.norm,
+        dropout=config.dropout,
+        dtype=config.dtype,
+        output_scale=output_scale(stack_config(config)),
+    )
+
+
+def init_staggered(
+    config: ModelConfig, key: PRNGKey
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Returns parameters and non-gradient state.
+
+    Leaves of "stack" are [rows of the pattern, stacks, ...], those of "cross" [rows, stacks - 1,
+    ...], both without the second axis if the stacks share them; of the rest [stacks - 1, ...] or
+    [stacks, ...].
+    """
+    stag, one, width = config.stagformer, stack_config(config), config.d_model
+    n_stacks = stag.n_stacks
+    stack_key, cross_key, first_key = jax.random.split(key, 3)
+    if stag.share_weights:
+        stack, state = init_stack(one, stack_key)
+    else:
+        keys = jax.random.split(stack_key, n_stacks)
+        stack, state = jax.vmap(lambda k: init_stack(one, k), out_axes=1)(keys)
+    example = jnp.zeros((1, 1, width), config.dtype)
+    norm = make_norm(config.norm, config.dtype).init(first_key, example)["params"]
+    handover = {"norm": jax.tree.map(lambda p: jnp.stack([p] * (n_stacks - 1)), norm)}
+    if stag.stagger and stag.first_slot == "learned":
+        handover["first"] = jax.random.normal(first_key, (n_stacks - 1, width))
+    params: dict[str, PyTree] = {"stack": stack, "handover": handover}
+    if stag.handoff == "cross":
+        half, n_rows = cross_half(config), one.n_layers // len(one.pattern)
+        shape = (n_rows,) if stag.share_weights else (n_rows, n_stacks - 1)
+
+        def init(key):
+            return half.init(key, example, example, None, None)["params"]
+
+        params["cross"] = {
+            name: jax.vmap(init if stag.share_weights else jax.vmap(init))(
+                jax.random.split(jax.random.fold_in(cross_key, p), shape)
+            )
+            for p, name in enumerate(layer_names(one))
+        }
+    if stag.combine == "linear":
+        params["combine"] = jnp.zeros((n_stacks,)).at[-1].set(1.0)
+    if stag.pass_embedding:
+        params["pass"] = {
+            "gain": jnp.zeros((n_stacks, width)),
+            "bias": jnp.zeros((n_stacks, width)),
+        }
+    return params, state
+
+
+def init_caches(config: ModelConfig, batch_size: int, max_len: int) -> tuple[StackCaches, Handover]:
+    """Returns what is remembered before the first token."""
+    stag, one = config.stagformer, stack_config(config)
+    n_upper, n_rows = stag.n_stacks - n_idle_stacks(config), one.n_layers // len(one.pattern)
+
+    def lanes(cache, n_rows, n_lanes):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n_rows, n_lanes, *x.shape)), cache)
+
+    ring, cross = None, None
+    if stag.handoff == "cross" and stag.cross_window != 1:
+        if stag.cross_cache == "memory":
+            capacity = min(stag.cross_window or max_len, max_len)
+            ring = init_ring(batch_size, capacity, config.d_model, config.dtype)
+            ring = lanes(ring, 1, n_upper)
+        else:
+            cross = lanes(cross_half(config).init_cache(batch_size, max_len), n_rows, n_upper)
+    positions = tuple(
+        LaneCache(lanes(block.init_cache(batch_size, max_len), n_rows, stag.n_stacks), cross)
+        for block in make_blocks(one)
+    )
+    last = jnp.zeros((batch_size, n_upper, config.d_model), config.dtype)
+    return StackCaches(positions, ring), Handover(last, jnp.zeros((batch_size,), bool))
+
+
+def take_lane(
+    config: ModelConfig, caches: StackCaches, stack: int
+) -> tuple[tuple[LaneCache, ...], KVCache | None]:
+    """Returns the caches [rows, batch, ...] of one stack, and its ring [batch, ...]."""
+    upper = stack - n_idle_stacks(config)
+
+    def take(tree, lane):
+        return None if lane < 0 else jax.tree.map(lambda leaf: leaf[:, lane], tree)
+
+    positions = tuple(LaneCache(take(p.own, stack), take(p.cross, upper)) for p in caches.positions)
+    ring = take(caches.ring, upper)
+    return positions, jax.tree.map(lambda leaf: leaf[0], ring)
+
+
+def put_lane(
+    config: ModelConfig,
+    caches: StackCaches,
+    stack: int,
+    positions: tuple[LaneCache, ...],
+    ring: KVCache | None,
+) -> StackCaches:
+    """Returns the caches with those of one stack replaced."""
+    upper = stack - n_idle_stacks(config)
+
+    def put(tree, new, lane):
+        if lane < 0:
+            return tree
+        return jax.tree.map(lambda leaf, value: leaf.at[:, lane].set(value), tree, new)
+
+    positions = tuple(
+        LaneCache(put(old.own, new.own, stack), put(old.cross, new.cross, upper))
+        for old, new in zip(caches.positions, positions, strict=True)
+    )
+    ring = jax.tree.map(lambda leaf: leaf[None], ring)
+    return StackCaches(positions, put(caches.ring, ring, upper))

@@ -1,0 +1,184 @@
+"""Cross-attention of a stack onto the one below it, which stands one token behind.
+
+Row j of the memory belongs to token j and holds what the stack below made of the tokens before it,
+so the ordinary causal rule (row j is seen by tokens i >= j) never shows a token its own depth.
+
+Source: Cutler et al. (2025), arXiv 2501.15665 (StagFormer).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.nn.contract import Documents, own_documents
+from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend, init_kv_cache
+from longctx_jax.nn.mlp import Kernel, dense
+from longctx_jax.nn.norms import make_norm
+from longctx_jax.ops.attention import attention
+from longctx_jax.ops.position import rotate
+
+POSITIONS = ("rotary", "none")
+
+
+class MemoryRing(NamedTuple):
+    """The rows of a memory that all layers above share, before and after the tokens of a call.
+
+    Rows are the keys [batch, capacity, 1, d_model] of caches whose values have width 0.
+    """
+
+    before: KVCache
+    after: KVCache
+
+
+def init_ring(batch_size: int, capacity: int, d_model: int, dtype: str) -> KVCache:
+    """Returns an empty ring of memory rows: capacity d_model numbers a batch row."""
+    return init_kv_cache(batch_size, capacity, 1, d_model, 0, dtype)
+
+
+def extend_ring(ring: KVCache, memory: jax.Array, documents: Documents) -> MemoryRing:
+    """Returns the ring before and after it takes in memory [batch, seq, d_model]."""
+    nothing = jnp.zeros((*memory.shape[:2], 1, 0), memory.dtype)
+    return MemoryRing(ring, extend(ring, memory[:, :, None], nothing, documents.index))
+
+
+class CrossHalf(nn.Module):
+    """x + cross-attention of norm(x) onto a memory that is normed already.
+
+    Attributes:
+        window_len: memory rows a token sees; 0 = all the cache holds. 1 = a linear map of the
+            newest row, which is what a softmax over one key is.
+        position: "rotary" or "none".
+        delay: tokens between a row and the newest token it knows of: 1 if staggered, else 0. Only
+            rotary positions need it.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    d_key: int
+    d_value: int
+    window_len: int
+    position: str
+    rope_theta: float
+    delay: int
+    implementation: str
+    norm: str
+    dropout: float
+    dtype: str
+    output_scale: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array,
+        cache: KVCache | MemoryRing | None,
+        documents: Documents | None,
+        *,
+        train: bool = False,
+    ) -> tuple[jax.Array, KVCache | MemoryRing | None]:
+        """Maps [batch, seq, d_model] to the same; memory has one row a token.
+
+        Args:
+            x: of the stack above.
+            memory: of the same tokens, [batch, seq, d_model].
+            cache: own keys and values; or the rows that all layers share; None = nothing came
+                before. A linear map has none: pass None.
+            documents: of the tokens, and so of the memory's rows.
+            train: drop out.
+        """
+        if self.window_len == 1:
+            out = dense(x.shape[-1], self.dtype, "linear", self.output_scale)(memory)
+            return x + self._drop(out, train), cache
+        hidden = make_norm(self.norm, self.dtype, "norm")(x)
+        query = dense(self.n_heads * self.d_key, self.dtype, "query")(hidden)
+        query = query.reshape(*x.shape[:2], self.n_heads, self.d_key)
+        to_key = Kernel(self.n_kv_heads * self.d_key, self.dtype, name="key")(x.shape[-1])
+        to_value = Kernel(self.n_kv_heads * self.d_value, self.dtype, name="value")(x.shape[-1])
+        if isinstance(cache, MemoryRing) and x.shape[1] == 1:
+            out = self._absorbed(query, to_key, to_value, cache.after, documents)
+        else:
+            out, cache = self._explicit(query, to_key, to_value, memory, cache, documents)
+        out = out.reshape(*out.shape[:2], -1)
+        out = dense(x.shape[-1], self.dtype, "out", self.output_scale)(out)
+        return x + self._drop(out, train), cache
+
+    def _explicit(self, query, to_key, to_value, memory, cache, documents):
+        """Keys and values of every row; those of a shared ring are made anew."""
+        shared = None
+        if isinstance(cache, MemoryRing):
+            shared, before = cache, cache.before
+            rows = before.key[:, :, 0]
+            key, value = self._keys(rows, to_key), self._values(rows, to_value)
+            cache = dataclasses.replace(before, key=key, value=value)
+        key, value = self._keys(memory, to_key), self._values(memory, to_value)
+        if self.position == "rotary":
+            positions = jnp.arange(memory.shape[1], dtype=jnp.int32)[None]
+            if cache is not None:
+                positions = cache.position[:, None] + positions
+            query = rotate(query, positions + self.delay, self.rope_theta)
+            key = rotate(key, positions, self.rope_theta)
+        if cache is None:
+            segments = own_documents(documents)
+            out = attention(
+                query,
+                key,
+                value,
+                segment_ids=segments,
+                window_len=self.window_len,
+                implementation=self.implementation,
+            )
+            return out, None
+        assert documents is not None
+        out, cache = cached_attention(
+            query,
+            key,
+            value,
+            cache,
+            documents,
+            window_len=self.window_len,
+            relative_bias=None,
+            implementation=self.implementation,
+        )
+        return out, cache if shared is None else shared
+
+    def _absorbed(self, query, to_key, to_value, ring: KVCache, documents):
+        """One token against the rows themselves: <q, M W_K> = <q W_K^T, M>, (P M) W_V = P (M W_V).
+
+        Source: Yan et al. (2021), arXiv 2105.04779.
+        """
+        batch, seq, _, d_key = query.shape
+        n_kv, d_model = self.n_kv_heads, to_key.shape[0]
+        grouped = query.reshape(batch, seq, n_kv, -1, d_key)
+        to_key = to_key.reshape(d_model, n_kv, d_key)
+        absorbed = jnp.einsum("btgrk,dgk->btgrd", grouped, to_key).reshape(batch, seq, -1, d_model)
+        rows = dataclasses.replace(ring, value=ring.key)
+        positions = ring.position[:, None] - 1
+        partial = attend_ring(
+            absorbed, rows, positions, documents.index, None, scale=self.d_key**-0.5
+        )
+        found = partial.out.reshape(batch, seq, n_kv, -1, d_model)
+        to_value = to_value.reshape(d_model, n_kv, self.d_value)
+        return jnp.einsum("btgrd,dgv->btgrv", found, to_value).reshape(batch, seq, -1, self.d_value)
+
+    def _keys(self, memory, to_key):
+        return (memory @ to_key).reshape(*memory.shape[:2], self.n_kv_heads, self.d_key)
+
+    def _values(self, memory, to_value):
+        return (memory @ to_value).reshape(*memory.shape[:2], self.n_kv_heads, self.d_value)
+
+    def _drop(self, out, train: bool):
+        if train and self.dropout > 0.0:
+            out = nn.Dropout(self.dropout, deterministic=False)(out)
+        return out
+
+    def init_cache(self, batch_size: int, max_len: int) -> KVCache | None:
+        """Returns an empty cache of keys and values; None for a linear map."""
+        if self.window_len == 1:
+            return None
+        capacity = min(self.window_len or max_len, max_len)
+        return init_kv_cache(
+            batch_size, capacity, self.n_kv_heads, self.d_key, self.d_value, self.dtype
+        )
