@@ -1,5 +1,7 @@
 """The figure of recall accuracy: pure functions from the rows of scripts.recall, no files."""
 
+import collections
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,14 +24,14 @@ def draw_recall(rows: Rows) -> Figure:
         raise ValueError("a recall figure needs rows: got none; run scripts.recall")
     rows = newest(rows)
     tasks = list(dict.fromkeys(row["data"] for row in rows))
-    labels = list(dict.fromkeys(map(_label, rows)))
-    figure = Figure(figsize=(5.2 * len(tasks), 7.6), layout="constrained", dpi=120)
+    labels = _labels(rows)
+    figure = Figure(figsize=(7.0 * len(tasks), 7.0), layout="constrained", dpi=120)
     panels = figure.subplots(2, len(tasks), squeeze=False)
     for column, task in enumerate(tasks):
         own = [row for row in rows if row["data"] == task]
         above, below = panels[:, column]
-        for color, label in enumerate(labels):
-            mine = [row for row in own if _label(row) == label]
+        for color, (run, label) in enumerate(labels.items()):
+            mine = [row for row in own if row["run"] == run]
             if not mine:
                 continue
             longest = max(row["n_segments"] for row in mine)
@@ -57,8 +59,14 @@ def newest(rows: Rows) -> list[Mapping[str, Any]]:
     return list({tuple(str(row[name]) for name in fields): row for row in rows}.values())
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['model']} ({row['run']})"
+def _labels(rows: Rows) -> dict[str, str]:
+    """Returns a label a run: its model, and its name where several runs have that model."""
+    models = {row["run"]: row["model"] for row in rows}
+    n_runs = collections.Counter(models.values())
+    return {
+        run: model if n_runs[model] == 1 else f"{model} ({textwrap.shorten(run, 30)})"
+        for run, model in models.items()
+    }
 
 
 def _draw_line(axes: Axes, rows: Rows, x: str, color: str, label: str) -> None:
@@ -91,4 +99,4 @@ def _finish(axes: Axes, rows: Rows, trained: str) -> None:
     axes.set_ylabel("share of right answers")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -57,7 +57,7 @@ MISTAKES = [
     (
         {"name": "rnn"},
         "config.model.name must be one of ['transformer', 'transformer_vq', 'decay', "
-        "'recurrent_memory']: got 'rnn'",
+        "'recurrent_memory', 'stagformer']: got 'rnn'",
     ),
     ({"pattern": ("decay", "conv")}, "config.model.pattern must be one of"),
     (
