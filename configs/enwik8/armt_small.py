@@ -2,7 +2,8 @@
 
 A row has 8 segments; gradients go back through all of them. Rows grow from two segments to
 eight (of one segment, a row would teach the memory nothing). To start from a trained transformer,
-name its work directory in config.train.init_from: the memory then starts without effect.
+name its work directory in config.train.init_from: the memory then starts without effect. The memory is the plain delta rule,
+whose matrix cannot grow; the published weighted means can overflow (docs/recall.md).
 """
 
 import ml_collections
@@ -16,6 +17,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.name = "recurrent_memory"
     config.model.memory.segment_len = 512
     config.model.memory.n_memory_tokens = 16
+    config.model.memory.use_denominator = False
+    config.model.memory.normalize = True
     config.model.remat = "full"
     config.data.seq_len = 4_096
     config.data.global_batch_size = 4
