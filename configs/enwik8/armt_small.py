@@ -2,8 +2,9 @@
 
 A row has 8 segments; gradients go back through all of them. Rows grow from two segments to
 eight (of one segment, a row would teach the memory nothing). To start from a trained transformer,
-name its work directory in config.train.init_from: the memory then starts without effect. The memory is a plain delta rule
-instead of the published weighted means, which can overflow (docs/memory.md).
+name its work directory in config.train.init_from: the memory then starts without effect. The
+memory is a plain delta rule instead of the published weighted means, which can overflow
+(docs/memory.md).
 """
 
 import ml_collections
