@@ -8,6 +8,8 @@ implementation (--peers=FOLDER[,FOLDER]). --record makes the rows of decay the t
 decides by. Nothing here sets XLA flags; rows record them.
 """
 
+import functools
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,7 @@ _LENGTHS = flags.DEFINE_list("lengths", [], "Sequence or context lengths (tokens
 _PARTS = flags.DEFINE_list("parts", [], "Parts of the suite to run; empty = all.")
 _HEADS = flags.DEFINE_list("heads", [], "vq: head types (shga, mqa, mha); empty = all.")
 _SHAPES = flags.DEFINE_list(
-    "shapes", [], "memory: LLaMA shapes on a GPU (160m, 1b, 3b, 8b); empty = 160m and 1b."
+    "shapes", [], "memory, decode: LLaMA shapes on a GPU (160m, 1b, 3b, 8b); empty = 160m and 1b."
 )
 _PEERS = flags.DEFINE_list(
     "peers",
@@ -47,6 +49,9 @@ _RECORD = flags.DEFINE_bool(
 )
 
 
+SHAPED = ("memory", "decode")  # suites with LLaMA shapes on a GPU
+
+
 def measure(config: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of the suite that the flags ask for."""
     from configs.llama_armt import SHAPES
@@ -54,6 +59,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         decay_suite,
         decode_suite,
         memory_suite,
+        stack_suite,
         suites,
         vq_cases,
         vq_suite,
@@ -62,6 +68,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     suite = _SUITE.value
     parts_of = {
         "train": suites.PARTS,
+        "decode": decode_suite.PARTS,
         "decay": decay_suite.PARTS,
         "vq": vq_suite.PARTS,
         "memory": memory_suite.PARTS,
@@ -69,7 +76,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     known = parts_of.get(suite, ())
     _require_known("parts", _PARTS.value, known)
     _require_known("heads", _HEADS.value, vq_cases.HEADS if suite == "vq" else ())
-    _require_known("shapes", _SHAPES.value, tuple(SHAPES) if suite == "memory" else ())
+    _require_known("shapes", _SHAPES.value, tuple(SHAPES) if suite in SHAPED else ())
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise common.UsageError(
             f"--lengths must be positive numbers of tokens: got {','.join(_LENGTHS.value)}"
@@ -89,15 +96,19 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         lengths=tuple(map(int, _LENGTHS.value)),
     )
     parts = _PARTS.value or known
+    shapes = {name: SHAPES[name] for name in _SHAPES.value or ("160m", "1b")}
     if suite == "decode":
-        return decode_suite.decode_rows(config, limits)
+        rows = {
+            "mixers": functools.partial(decode_suite.decode_rows, config, limits),
+            "stacks": functools.partial(stack_suite.stack_rows, limits, shapes),
+        }
+        return itertools.chain.from_iterable(rows[part]() for part in parts)
     if suite == "decay":
         return decay_suite.decay_rows(limits, parts, with_peers=bool(_PEERS.value))
     if suite == "vq":
         heads = _HEADS.value or vq_cases.HEADS
         return vq_suite.vq_rows(config, limits, parts, heads=heads, checkouts=checkouts)
     if suite == "memory":
-        shapes = {name: SHAPES[name] for name in _SHAPES.value or ("160m", "1b")}
         return memory_suite.memory_rows(config, limits, parts, shapes=shapes)
     return suites.train_rows(config, limits, parts)
 
@@ -127,16 +138,22 @@ def _peers(suite: str) -> list[Any]:
 
 
 def is_summary(row: dict[str, Any]) -> bool:
-    """Whether a row of decay or vq is about other rows: those are printed as sentences."""
+    """Whether a row of these suites is about other rows: those are printed as sentences."""
     summed_up = "speed_ratio" in row or "exponent" in row or row["name"] == "crossover"
-    return row["suite"] in ("decay", "vq", "memory") and summed_up
+    return row["suite"] in ("decay", "decode", "vq", "memory") and summed_up
 
 
 def summary_text(row: dict[str, Any]) -> str:
     """Returns a row about other rows as one line, "" for any other row."""
-    from longctx_jax.benchmarking import decay_summary, figures, memory_suite, vq_suite
+    from longctx_jax.benchmarking import (
+        decay_summary,
+        figures,
+        memory_suite,
+        stack_suite,
+        vq_suite,
+    )
 
-    suites = {"vq": vq_suite, "memory": memory_suite}
+    suites = {"vq": vq_suite, "memory": memory_suite, "decode": stack_suite}
     if row["suite"] in suites and is_summary(row):
         return suites[row["suite"]].summary_text(row)
     if row["name"] == "crossover":

@@ -1,12 +1,13 @@
-"""The suite `decode`: prefill and the compiled token loop by context length and batch.
+"""The suite `decode`, part "mixers": prefill and the compiled token loop by context and batch.
 
 Both functions are what `decoding.generate` runs, with greedy draws: the prompt in pieces of
 PREFILL_LEN tokens, then one compiled loop of one-token calls. A test compares tokens with generate.
+Not here: the part "stacks" (`stack_suite.py`).
 """
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from longctx_jax.benchmarking.suites import (
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models.base import Decoder
 
+PARTS = ("mixers", "stacks")
 KINDS = ("softmax", "sliding", "decay")
 PREFILL_LEN = 512  # tokens a call, the default of generate
 CONTEXT_LENS = (256, 1024, 4096, 16384)
@@ -45,6 +47,7 @@ def decode_rows(config: Any, limits: Limits) -> Iterator[Row]:
         for kind, model in models.items():
             fields = {
                 "suite": "decode",
+                "part": "mixers",
                 "pattern": (kind,),
                 "context_len": context_len,
                 "n_new_tokens": n_new,
@@ -69,9 +72,15 @@ def cache_bytes(model: Decoder, batch_size: int, max_len: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def prefill_case(model: Decoder, batch_size: int, context_len: int, n_new: int) -> Case:
+def prefill_case(
+    model: Decoder,
+    batch_size: int,
+    context_len: int,
+    n_new: int,
+    make_variables: Callable[[], Any] | None = None,
+) -> Case:
     """Returns the pass over a prompt: (variables, tokens, empty cache) -> (logits, cache)."""
-    variables = functools.cache(lambda: model.init(jax.random.key(0)))
+    variables = make_variables or functools.cache(lambda: model.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
 
     def make_inputs(last):

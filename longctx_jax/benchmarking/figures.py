@@ -3,6 +3,7 @@
 Rows of several recordings may share a file: of rows about the same thing the newest counts.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -104,8 +105,8 @@ def draw_rows(rows: Rows) -> Figure:
     """Returns the figure of one suite's rows.
 
     train: speed of each model, speed by length, time by schedule. decode: time a token, prefill
-    and cache by context length. decay, vq: see `decay_figures.py`, `vq_figures.py`. Bars and
-    points are medians, whiskers quartiles.
+    and cache by context length, time a token of staggered stacks. decay, vq: see
+    `decay_figures.py`, `vq_figures.py`. Bars and points are medians, whiskers quartiles.
 
     Raises:
         ValueError: if there is no row, or rows of several suites or devices.
@@ -171,14 +172,23 @@ def _train_panels(parts: Mapping[str, Rows]) -> list[tuple[str, Callable[[Axes],
 
 
 def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
+    stacks = [row for row in rows if row.get("part") == "stacks"]
+    rows = [row for row in rows if row.get("part") != "stacks"]
     loop = [row for row in rows if row["pass"] == "loop"]
     prefill = [row for row in rows if row["pass"] == "prefill"]
+    panels: list[tuple[str, Callable[[Axes], None]]] = []
+    for shape, batch in sorted({(row["shape"], row["batch_size"]) for row in stacks}):
+        own = [r for r in stacks if (r["shape"], r["batch_size"]) == (shape, batch)]
+        title = f"staggered stacks, {shape}, batch {batch}: time a token"
+        draw = functools.partial(_lines, rows=own, x="context_len", y="token_ms")
+        panels.append((title, draw))
     if not loop:
-        return []
+        return panels
     return [
         ("time a token", lambda axes: _lines(axes, loop, "context_len", "token_ms")),
         ("time of prefill", lambda axes: _lines(axes, prefill, "context_len", "median_ms")),
         ("memory of the cache", lambda axes: _lines(axes, loop, "context_len", "cache_bytes")),
+        *panels,
     ]
 
 

@@ -1,0 +1,177 @@
+"""Part "stacks" of the suite `decode`: the token loop of staggered stacks, and of dense models.
+
+Every variant has the same layers, split into two stacks, and decodes the same number of tokens
+after a prompt of the same length; all variants of a context and batch run in turns. Beside each
+time stands its floor: the bytes a token must read (weights once if the lanes share them, the whole
+cache) and its products, against the device's ceilings. Weights are in the dtype of matrix products.
+
+Source of the question: Cutler et al. (2025), arXiv 2501.15665, which reports a simulated 33 %.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from longctx_jax.benchmarking import flops, roofline
+from longctx_jax.benchmarking.decode_suite import cache_bytes, loop_case, prefill_case
+from longctx_jax.benchmarking.suites import Limits, shape_fields
+from longctx_jax.benchmarking.timing import Row
+from longctx_jax.models import build_model
+from longctx_jax.models.base import Decoder
+
+SHARED = {"share_weights": True}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "separate, rows as cache": {"cross_cache": "memory", "cross_position": "none"},
+    "separate, window 128": {"cross_window": 128},
+    "separate, window 1": {"cross_window": 1},
+    "shared": SHARED,
+    "shared, window 128": SHARED | {"cross_window": 128},
+    "shared, window 1": SHARED | {"cross_window": 1},
+    "shared, added": SHARED | {"handoff": "add"},
+    "shared, recurrent": SHARED | {"recurrent": True},
+    "shared, in turns": SHARED | {"decode": "sequential"},
+    "loop": SHARED | {"handoff": "add", "stagger": False},
+}
+DENSE, HALF = "dense", "dense, half as deep"
+BASELINES = (DENSE, "loop")  # of equal depth, one layer after the other
+SMALL = {"n_layers": 4, "d_model": 16, "n_heads": 2, "d_ff": 32}
+ON_CPU = {"n_layers": 12, "d_model": 256, "n_heads": 4, "d_ff": 704}
+CPU_CONTEXT_LENS, CONTEXT_LENS = (256, 1024, 4096), (1024, 8192, 65_536)
+CPU_BATCH_SIZES, BATCH_SIZES = (1, 8), (1, 8, 32, 128)
+MAX_CACHE_BYTES = 64 * 2**30
+
+
+def stack_rows(limits: Limits, shapes: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """Yields a row a (shape, context, batch, variant), and their ratios to the baselines.
+
+    Args:
+        limits: how long to measure.
+        shapes: names and sizes (fields of config.model) of models to measure on a GPU.
+    """
+    platform = jax.default_backend()
+    contexts, batches, dtype = CONTEXT_LENS, BATCH_SIZES, "bfloat16"
+    if limits.is_quick or platform == "cpu":
+        shapes = {"tiny": SMALL} if limits.is_quick else {"small": ON_CPU}
+        contexts, batches, dtype = CPU_CONTEXT_LENS, CPU_BATCH_SIZES, "float32"
+    if limits.is_quick:
+        contexts, batches = (16,), (1, 2)
+    n_new = 4 if limits.is_quick else 64
+    for shape, fields in shapes.items():
+        models = make_models(fields, dtype)
+        for context_len in limits.lengths or contexts:
+            for batch_size in batches:
+                for row in _measured(models, context_len, batch_size, n_new, limits):
+                    yield {"suite": "decode", "part": "stacks", "shape": shape, **row}
+
+
+def make_models(fields: Mapping[str, Any], dtype: str) -> dict[str, Decoder]:
+    """Returns the dense models and every variant with these sizes."""
+    common = {"vocab_size": 256, **fields, "dtype": dtype}
+    models = {
+        DENSE: build_model(common),
+        HALF: build_model(common | {"n_layers": common["n_layers"] // 2}),
+    }
+    for name, stag in VARIANTS.items():
+        models[name] = build_model({**common, "name": "stagformer", "stagformer": stag})
+    return models
+
+
+@functools.lru_cache(maxsize=32)
+def make_variables(model: Decoder) -> Any:
+    """Returns random variables, weights in the model's dtype."""
+    variables = model.init(jax.random.key(0))
+    return jax.tree.map(lambda x: x.astype(model.config.dtype), variables)
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Returns the bytes of weights that one decode step reads at least.
+
+    Lanes that share weights read them once; passes one after the other read them again. The
+    recurrent approximation runs one pass.
+    """
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))["params"]
+    size = np.dtype(jax.numpy.dtype(model.config.dtype)).itemsize
+
+    def count(tree):
+        return size * sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    stag = model.config.stagformer
+    is_loop = model.config.name == "stagformer" and stag.share_weights and not stag.recurrent
+    in_turns = is_loop and (not stag.stagger or stag.decode == "sequential")
+    again = (stag.n_stacks - 1) * count(shapes["stack"]) if in_turns else 0
+    return count(shapes) + again
+
+
+def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> Iterator[Row]:
+    cases, skipped = {}, {}
+    for name, model in models.items():
+        if cache_bytes(model, batch_size, context_len + n_new) > MAX_CACHE_BYTES:
+            skipped[name] = {"skipped": f"a cache of over {MAX_CACHE_BYTES} bytes"}
+            continue
+        weights = functools.partial(make_variables, model)
+        prefilled = prefill_case(model, batch_size, context_len, n_new, weights)
+        cases[name] = loop_case(prefilled, model, n_new)
+    measured = limits.measure(cases)
+    device, middle = jax.devices()[0].device_kind, context_len + n_new // 2
+    for name, (row, _) in measured.items():
+        model = models[name]
+        config = model.config
+        held = cache_bytes(model, batch_size, context_len + n_new)
+        per_token = flops.forward_flops_per_token(config, 1, n_past=middle)
+        n_bytes = n_new * (weight_bytes(model) + held)
+        top = roofline.ceiling(device, config.dtype, is_quick=limits.is_quick)
+        n_tokens = n_new * batch_size
+        floor = roofline.floor_fields(
+            n_bytes, round(n_tokens * per_token), n_tokens, row["median_ms"], top
+        )
+        yield {
+            "name": f"stacks {name}",
+            "variant": name,
+            "pass": "loop",
+            "pattern": (name,),
+            "context_len": context_len,
+            "n_new_tokens": n_new,
+            **shape_fields(config, batch_size, context_len),
+            "cache_bytes": held,
+            "weight_bytes": weight_bytes(model),
+            **row,
+            **floor,
+            "token_ms": round(row["median_ms"] / n_new, 5),
+        }
+    for name, why in skipped.items():
+        yield {
+            "name": f"stacks {name}",
+            "variant": name,
+            "context_len": context_len,
+            "batch_size": batch_size,
+            **why,
+        }
+    for name, baseline in ((n, b) for n in measured for b in BASELINES if n != b and b in measured):
+        ours, theirs = measured[name][1], measured[baseline][1]
+        n = min(len(ours), len(theirs))
+        low, median, high = np.quantile(theirs[:n] / ours[:n], [0.25, 0.5, 0.75])
+        yield {
+            "name": f"ratio stacks {name} / {baseline}",
+            "variant": name,
+            "baseline": baseline,
+            "context_len": context_len,
+            "batch_size": batch_size,
+            "speed_ratio": round(float(median), 4),
+            "speed_ratio_quartile_1": round(float(low), 4),
+            "speed_ratio_quartile_3": round(float(high), 4),
+        }
+
+
+def summary_text(row: Row) -> str:
+    """Returns a ratio row as one line; the saving is what the paper states as 33 %."""
+    saving = 1 - 1 / row["speed_ratio"]
+    return (
+        f"{row['variant']} against {row['baseline']}, batch {row['batch_size']}, "
+        f"{row['context_len']:,} tokens before: {row['speed_ratio']:.3f} times tokens/s (quartiles "
+        f"{row['speed_ratio_quartile_1']:.3f} to {row['speed_ratio_quartile_3']:.3f}), "
+        f"{100 * saving:.0f} % less time a token"
+    )
