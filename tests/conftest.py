@@ -1,5 +1,6 @@
 """Settings of the whole test suite; runs before jax is imported."""
 
+import gc
 import os
 import pathlib
 
@@ -20,6 +21,23 @@ TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True
 jaxtyping.install_import_hook("longctx_jax.ops", TYPECHECKER)
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
+
+
+# Every compiled program holds memory maps, and Linux allows a process 65,530 of them: past that,
+# compilation crashes. A whole slow suite in two processes gets there.
+MAX_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Drops all compiled programs after a test when they hold too many memory maps."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config, items):
