@@ -15,6 +15,7 @@ from longctx_jax.models.schedules import SCHEDULES, run_stack
 from tests.helpers import (
     assert_close,
     assert_trees_close,
+    in_float64,
     make_normal,
     random_variables,
     sub_jaxprs,
@@ -290,6 +291,7 @@ def model_gradients(fields, schedule, segment_len=4):
         {**fields, "schedule": schedule, "segment_len": segment_len, "n_ramp_buckets": 1}
     )
     variables = random_variables(lambda: model.init(jax.random.key(0)))
+    variables = jax.tree.map(lambda leaf: leaf.astype(fields.get("dtype", leaf.dtype)), variables)
 
     @jax.jit
     def run(params):
@@ -307,11 +309,13 @@ def model_gradients(fields, schedule, segment_len=4):
 @pytest.mark.parametrize(
     "name", ["mha", "mixed", "vq", "vq_gated", "rwkv4", "rwkv6", "mamba1", "mamba2"]
 )
+@in_float64
 def test_a_model_with_dropout_and_a_ragged_tail(name, model_fields):
-    fields = model_fields(name, dropout=0.3)
+    """In float64: gradients that almost cancel would need a loose tolerance in float32."""
+    fields = model_fields(name, dropout=0.3, dtype="float64")
     expected = model_gradients(fields, "sequential")
     for schedule in ("diagonal", "layerwise"):
-        assert_trees_close(model_gradients(fields, schedule), expected, rel_rms=1e-5)
+        assert_trees_close(model_gradients(fields, schedule), expected, rel_rms=2e-7)
 
 
 @pytest.mark.slow
