@@ -89,7 +89,7 @@ def prefill_case(
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
         return variables(), jnp.asarray(tokens), model.init_cache(batch_size, context_len + n_new)
 
-    return Case(jax.jit(functools.partial(prefill, model), donate_argnums=2), make_inputs)
+    return Case(jax.jit(functools.partial(prefill, model.exact), donate_argnums=2), make_inputs)
 
 
 def loop_case(prefilled: Case, model: Decoder, n_new: int) -> Case:

@@ -8,6 +8,7 @@ cache) and its products, against the device's ceilings. Weights are in the dtype
 Source of the question: Cutler et al. (2025), arXiv 2501.15665, which reports a simulated 33 %.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,6 +107,26 @@ def weight_bytes(model: Decoder) -> int:
     return count(shapes) + again
 
 
+def read_bytes(model: Decoder, batch_size: int, max_len: int) -> int:
+    """Returns the bytes of the cache that a decode step reads: all, or those of the last pass."""
+    if model.config.stagformer.recurrent:
+        layers = jax.eval_shape(lambda: model.init_cache(batch_size, max_len)).layers
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers[-1]))
+    return cache_bytes(model, batch_size, max_len)
+
+
+def step_flops(model: Decoder, n_past: int) -> float:
+    """Returns the products of one token after n_past: of all passes, or of the last one."""
+    config = model.config
+    if not config.stagformer.recurrent:
+        return flops.forward_flops_per_token(config, 1, n_past=n_past)
+    n_layers = config.n_layers // config.stagformer.n_stacks
+    one = dataclasses.replace(config, name="transformer", n_layers=n_layers)
+    past = {"n_past": n_past, "cache_len": 0, "pairs": "visible"}
+    cross = n_layers * flops.cross_flops(config, 1, **past)
+    return flops.forward_flops_per_token(one, 1, n_past=n_past) + cross
+
+
 def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> Iterator[Row]:
     cases, skipped = {}, {}
     for name, model in models.items():
@@ -120,13 +141,12 @@ def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> 
     for name, (row, _) in measured.items():
         model = models[name]
         config = model.config
-        held = cache_bytes(model, batch_size, context_len + n_new)
-        per_token = flops.forward_flops_per_token(config, 1, n_past=middle)
-        n_bytes = n_new * (weight_bytes(model) + held)
+        max_len = context_len + n_new
+        n_bytes = n_new * (weight_bytes(model) + read_bytes(model, batch_size, max_len))
         top = roofline.ceiling(device, config.dtype, is_quick=limits.is_quick)
         n_tokens = n_new * batch_size
         floor = roofline.floor_fields(
-            n_bytes, round(n_tokens * per_token), n_tokens, row["median_ms"], top
+            n_bytes, round(n_tokens * step_flops(model, middle)), n_tokens, row["median_ms"], top
         )
         yield {
             "name": f"stacks {name}",
@@ -136,7 +156,7 @@ def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> 
             "context_len": context_len,
             "n_new_tokens": n_new,
             **shape_fields(config, batch_size, context_len),
-            "cache_bytes": held,
+            "cache_bytes": cache_bytes(model, batch_size, max_len),
             "weight_bytes": weight_bytes(model),
             **row,
             **floor,

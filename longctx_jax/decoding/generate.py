@@ -86,7 +86,7 @@ def _read(
     for start in range(0, longest, prefill_len):
         piece = slice(start, min(start + prefill_len, longest))
         ids = jnp.asarray(segment_ids[:, piece]) if is_ragged else None
-        logits, cache = _prefill(model, variables, jnp.asarray(tokens[:, piece]), ids, cache)
+        logits, cache = _prefill(model.exact, variables, jnp.asarray(tokens[:, piece]), ids, cache)
     assert logits is not None
     return logits, cache
 

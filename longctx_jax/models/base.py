@@ -26,7 +26,7 @@ from longctx_jax.typing import PRNGKey, PyTree
 class ModelCache:
     """What a model remembers between calls."""
 
-    layers: Any  # of the layers, leaves [layers, batch, ...], stagformer [rows, lanes, batch, ...]
+    layers: Any  # of the layers, leaves [layers, batch, ...], in lanes [rows, lanes, batch, ...]
     last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
     document: jax.Array  # int32 [batch], number of the document the last token belongs to
     carried: Any = ()  # SegmentCache of recurrent memory, Handover of staggered stacks
@@ -80,6 +80,15 @@ class Decoder:
         if self.config.recurrence == "none":
             return None
         return Decoder(recurrence_state.backbone_config(self.config))
+
+    @property
+    def exact(self) -> "Decoder":
+        """The model for prompts: without what approximates single tokens; caches are the same."""
+        stag = self.config.stagformer
+        if self.config.name != "stagformer" or not stag.recurrent:
+            return self
+        stag = dataclasses.replace(stag, recurrent=False, decode="sequential")
+        return Decoder(dataclasses.replace(self.config, stagformer=stag))
 
     def add_memory(
         self, fresh: dict[str, PyTree], backbone: dict[str, PyTree]

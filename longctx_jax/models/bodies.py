@@ -33,7 +33,8 @@ class Body(NamedTuple):
 def body_of(config: ModelConfig) -> Body:
     """Returns the body of the model's family."""
     if config.name == "stagformer":
-        return STAGGERED
+        in_lanes = staggered_state.decodes_in_lanes(config)
+        return STAGGERED._replace(row_axis=2 if in_lanes else 1)
     return PLAIN if config.recurrence == "none" else RECURRENT
 
 
@@ -105,5 +106,4 @@ STAGGERED = Body(
     staggered.apply_staggered,
     _update_staggered,
     _describe_staggered,
-    row_axis=2,
 )

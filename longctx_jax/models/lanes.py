@@ -3,7 +3,8 @@
 XLA does not run independent products side by side on one device; as a batch axis they are one
 launch. Stacks of their own weights become batched products, shared weights one product of
 stacks x batch rows, which reads the weights once. On several devices the lanes are split over a
-mesh axis: each device keeps its stacks' weights and caches, and hands one row a token to the next.
+mesh axis: each device keeps its stacks' weights and caches. A token costs two messages of one row:
+one to the next device, needed at the next token, and the sum that is the model's output.
 """
 
 import functools
@@ -11,19 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.stack import call_module, layer_names, layer_places, make_blocks
 from longctx_jax.models.staggered_state import (
     LaneCache,
+    Layers,
     StackCaches,
     cross_half,
     n_idle_stacks,
     stack_config,
 )
 from longctx_jax.nn.contract import Aux, Documents
-from longctx_jax.nn.cross_attention import extend_ring
+from longctx_jax.nn.cross_attention import extend_rows
 from longctx_jax.typing import PyTree
 
 
@@ -35,6 +37,7 @@ def run_lanes(
     memory: jax.Array,
     documents: Documents | None,
     caches: StackCaches,
+    weights: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, StackCaches, tuple[Aux, ...]]:
     """Runs one token through every stack.
 
@@ -45,10 +48,11 @@ def run_lanes(
         memory: what each upper lane sees newest, [upper lanes, batch, 1, d_model].
         documents: of the token.
         caches: of all stacks.
+        weights: of the stacks' outputs in the model's, [stacks]; None = the last is the model's.
 
     Returns:
-        (outputs [stacks, batch, 1, d_model], those of the stacks below the upper lanes, caches,
-        aux).
+        (output [batch, 1, d_model], outputs of the stacks below the upper lanes, [upper lanes,
+        batch, 1, d_model], caches, aux).
     """
     one, stag = stack_config(config), config.stagformer
     is_cross = stag.handoff == "cross"
@@ -61,14 +65,24 @@ def run_lanes(
     if stag.stack_axis:
         run = _over_devices(config)
     stacks = jnp.arange(stag.n_stacks)
-    y, below, caches, aux = run(rows, stacks, x, memory, documents, caches)
+    y, below, caches, aux = run(rows, stacks, x, memory, documents, caches, weights)
     if stag.share_weights:
         aux = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=1), aux)
     return y, below, caches, aux
 
 
-def _run(config, rows, stacks, x, memory, documents, caches: StackCaches):
-    """The loop over layers, for the stacks of one device."""
+def combined(weights: jax.Array | None, outputs: jax.Array) -> jax.Array:
+    """Returns the weighted sum over the leading axis, in the dtype of outputs; None = the last."""
+    if weights is None:
+        return outputs[-1]
+    wide = jnp.promote_types(outputs.dtype, jnp.float32)
+    return jnp.einsum("s,sbtd->btd", weights.astype(wide), outputs.astype(wide)).astype(
+        outputs.dtype
+    )
+
+
+def _run(config, rows, stacks, x, memory, documents, caches: StackCaches, weights):
+    """The loop over layers, for the stacks of one device; `below` lacks what others hand over."""
     n_idle, stag = n_idle_stacks(config), config.stagformer
     blocks, half = make_blocks(stack_config(config)), cross_half(config)
     lane = None if stag.share_weights else 0
@@ -77,7 +91,7 @@ def _run(config, rows, stacks, x, memory, documents, caches: StackCaches):
     if stag.handoff == "add":
         x = x.at[n_idle:].add(jnp.where(is_upper, memory, 0))
     elif ring is not None:
-        ring = jax.vmap(lambda ring, rows: extend_ring(ring, rows, documents))(ring, memory)
+        ring = jax.vmap(lambda ring, rows: extend_rows(ring, rows, documents))(ring, memory)
 
     def layer(block, layer_params, x, cache: LaneCache):
         params, state, cross, at = layer_params
@@ -116,40 +130,44 @@ def _run(config, rows, stacks, x, memory, documents, caches: StackCaches):
     if ring is not None:
         ring = jax.tree.map(lambda leaf: leaf[None], ring.after)
     below = y[:-1] if n_idle else y
-    return y, below, StackCaches(positions, ring), aux
+    return combined(weights, y), below, StackCaches(positions, ring), aux
 
 
 def _over_devices(config: ModelConfig):
     """Returns `_run` with the lanes split over the mesh axis config.model.stagformer.stack_axis."""
-    axis, n_stacks = config.stagformer.stack_axis, config.stagformer.n_stacks
-    n_devices = _axis_size(axis, n_stacks)
+    axis = config.stagformer.stack_axis
+    n_devices = axis_size(config, jax.sharding.get_abstract_mesh())
     ring = [(d, (d + 1) % n_devices) for d in range(n_devices)]
 
     def run(*args):
-        y, _, caches, aux = _run(config, *args)
-        handed = jax.lax.ppermute(y[-1], axis, ring)  # to the stack above, for the next token
-        return y, jnp.concatenate([handed[None], y[:-1]]), caches, aux
+        y, outputs, caches, aux = _run(config, *args)
+        handed = jax.lax.ppermute(outputs[-1], axis, ring)  # to the stack above, for the next token
+        below = jnp.concatenate([handed[None], outputs[:-1]])
+        return jax.lax.psum(y, axis), below, caches, aux
 
     lanes, later, whole = PartitionSpec(axis), PartitionSpec(None, axis), PartitionSpec()
     weights = whole if config.stagformer.share_weights else later
 
-    def mapped(rows, stacks, x, memory, documents, caches):
+    def mapped(rows, *args):
         row_specs = tuple((weights, weights, weights, whole) for _ in rows)
-        specs = (row_specs, lanes, lanes, lanes, whole, later)
-        # aux of several lanes has them on axis 1
         return jax.shard_map(
             run,
-            in_specs=specs,
-            out_specs=(lanes, lanes, later, later),
+            in_specs=(row_specs, lanes, lanes, lanes, whole, later, lanes),
+            out_specs=(whole, lanes, later, later),
             axis_names={axis},
             check_vma=False,  # mixers start scans from constants, which vary over no axis
-        )(rows, stacks, x, memory, documents, caches)
+        )(rows, *args)
 
     return mapped
 
 
-def _axis_size(axis: str, n_stacks: int) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
+def axis_size(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of devices that share the stacks.
+
+    Raises:
+        ValueError: no such mesh axis, or it does not divide the stacks.
+    """
+    axis, n_stacks = config.stagformer.stack_axis, config.stagformer.n_stacks
     if axis not in mesh.axis_names:
         raise ValueError(
             f"config.model.stagformer.stack_axis must be an axis of the mesh: got {axis!r} and "
@@ -161,6 +179,12 @@ def _axis_size(axis: str, n_stacks: int) -> int:
             f"{mesh.shape[axis]} devices and {n_stacks} stacks; choose a divisor"
         )
     return mesh.shape[axis]
+
+
+def keep_split(config: ModelConfig, caches: Layers) -> Layers:
+    """Returns the caches with the lanes where their stacks are, also after a prefill."""
+    spec = PartitionSpec(None, config.stagformer.stack_axis)
+    return jax.lax.with_sharding_constraint(caches, spec)
 
 
 def _padded(config: ModelConfig, params: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -187,8 +211,12 @@ def place_stacks(config: ModelConfig, variables: dict[str, Any], mesh: Mesh) -> 
         config: of the model, with stagformer.stack_axis set.
         variables: as made by `Decoder.init`.
         mesh: with that axis.
+
+    Raises:
+        ValueError: no such mesh axis, or it does not divide the stacks.
     """
     axis = config.stagformer.stack_axis
+    axis_size(config, mesh)
     params = _padded(config, variables["params"])
     split = PartitionSpec() if config.stagformer.share_weights else PartitionSpec(None, axis)
 

@@ -40,7 +40,7 @@ class StagFormerConfig:
             self.n_stacks >= 2,
             "n_stacks must be at least 2",
             self.n_stacks,
-            "or use transformer",
+            "raise it, or use config.model.name='transformer'",
         )
         if self.cross_cache == "memory":
             self._require(
@@ -51,7 +51,12 @@ class StagFormerConfig:
             )
         if not self.stagger:
             for field, value in (("recurrent", self.recurrent), ("stack_axis", self.stack_axis)):
-                self._require(not value, f"{field} needs stagger", value, "set stagger=True")
+                self._require(
+                    not value,
+                    f"{field} needs staggered stacks",
+                    f"stagger=False, {field}={value!r}",
+                    "set stagger=True",
+                )
             self._require(
                 self.decode != "lanes",
                 "without stagger a token goes through one stack after the other",
@@ -60,9 +65,32 @@ class StagFormerConfig:
             )
         if self.stack_axis:
             self._require(
-                self.decode != "sequential", "stack_axis needs lanes", self.decode, "use 'auto'"
+                self.decode != "sequential",
+                "stack_axis spreads lanes over devices",
+                f"decode={self.decode!r}, stack_axis={self.stack_axis!r}",
+                "set decode='auto'",
             )
+        has_ring = self.handoff == "cross" and self.cross_window != 1
+        self._require(
+            self.handoff == "cross" or not self.cross_window,
+            "handoff='add' has no cross-attention",
+            f"cross_window={self.cross_window}",
+            "set cross_window=0",
+        )
+        self._require(
+            has_ring or self.cross_cache == "kv",
+            "without cross-attention over several rows there is nothing to cache",
+            f"cross_cache={self.cross_cache!r}, handoff={self.handoff!r}, "
+            f"cross_window={self.cross_window}",
+            "set cross_cache='kv'",
+        )
         if self.recurrent:
+            self._require(
+                self.decode == "auto",
+                "recurrent decoding runs the last pass alone",
+                f"decode={self.decode!r}",
+                "set decode='auto'",
+            )
             self._require(
                 self.share_weights and self.combine == "last" and not self.stack_axis,
                 "recurrent decoding replaces the passes of shared weights by the last one",

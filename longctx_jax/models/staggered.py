@@ -29,8 +29,10 @@ from longctx_jax.models.stack import (
 from longctx_jax.models.staggered_state import (
     Handover,
     LaneCache,
+    Layers,
     StackCaches,
     cross_half,
+    decodes_in_lanes,
     init_caches,
     n_idle_stacks,
     put_lane,
@@ -39,11 +41,11 @@ from longctx_jax.models.staggered_state import (
 )
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Aux, Documents
-from longctx_jax.nn.cross_attention import CrossHalf, MemoryRing, extend_ring
+from longctx_jax.nn.cross_attention import CrossHalf, MemoryRing, extend_rows
 from longctx_jax.nn.norms import make_norm
 from longctx_jax.typing import PRNGKey, PyTree
 
-Caches = tuple[StackCaches, Handover]
+Caches = tuple[Layers, Handover]
 
 
 def apply_staggered(
@@ -68,24 +70,36 @@ def apply_staggered(
     """
     stag = config.stagformer
     step = caches if x.shape[1] == 1 and not train else None  # of decoding
+    if stag.stack_axis:
+        lanes.axis_size(config, jax.sharding.get_abstract_mesh())
     if step is not None and stag.recurrent:
         y, caches, aux = _last_stack_alone(config, params, state, x, documents, step)
-        return norm(y), caches, aux
-    if step is not None and stag.stagger and stag.decode != "sequential":
-        outputs, caches, aux = _in_lanes(config, params, state, x, documents, step)
+    elif step is not None and decodes_in_lanes(config):
+        y, caches, aux = _in_lanes(config, params, state, x, documents, step)
     else:
         outputs, caches, aux = _stack_after_stack(
             config, params, state, x, documents, caches, key=key, train=train
         )
-    if stag.combine == "linear":
-        y = jnp.einsum("s,sbtd->btd", params["combine"].astype(outputs.dtype), outputs)
-    else:
-        y = outputs[-1]
+        y = lanes.combined(output_weights(config, params), jnp.stack(outputs))
+    if stag.stack_axis and caches is not None:
+        caches = lanes.keep_split(config, caches[0]), caches[1]
     return norm(y), caches, aux
 
 
+def output_weights(config: ModelConfig, params: dict[str, PyTree]) -> jax.Array | None:
+    """Returns alpha [stacks] of the sum of outputs that is the model's; None = it is the last.
+
+    Several devices add up what each has, whatever it counts.
+    """
+    if config.stagformer.combine == "linear":
+        return params["combine"]
+    if not config.stagformer.stack_axis:
+        return None
+    return jnp.zeros((config.stagformer.n_stacks,)).at[-1].set(1.0)
+
+
 def _stack_after_stack(config, params, state, x, documents, caches: Caches | None, *, key, train):
-    """Every stack over all tokens of the call; returns their outputs [stacks, batch, seq, d]."""
+    """Every stack over all tokens of the call; returns their outputs, [batch, seq, d] each."""
     outputs, auxes = [], []
     layers: Any = None if caches is None else caches[0]
     handover = None if caches is None else caches[1]
@@ -106,7 +120,7 @@ def _stack_after_stack(config, params, state, x, documents, caches: Caches | Non
         last = jnp.stack([y[:, -1] for y in below], axis=1)
         handover = Handover(last, jnp.ones_like(handover.is_started))
     after = None if handover is None else (layers, handover)
-    return jnp.stack(outputs), after, _merge_aux(config, auxes)
+    return outputs, after, _merge_aux(config, auxes)
 
 
 def _last_stack_alone(config, params, state, x, documents, caches: Caches):
@@ -124,8 +138,13 @@ def _last_stack_alone(config, params, state, x, documents, caches: Caches):
 
 
 def _in_lanes(config, params, state, x, documents, caches: Caches):
-    """One token through all stacks at once; returns their outputs [stacks, batch, 1, d]."""
+    """One token through all stacks at once."""
     layers, handover = caches
+    if not isinstance(layers, StackCaches):
+        raise ValueError(
+            "a cache must be the decoding model's own: got one of a model that decodes one stack "
+            "after the other; make it with this model's init_cache"
+        )
     n_stacks, n_idle = config.stagformer.n_stacks, n_idle_stacks(config)
 
     def see(stack, last):
@@ -134,11 +153,12 @@ def _in_lanes(config, params, state, x, documents, caches: Caches):
     upper = jnp.arange(n_idle, n_stacks)
     memory = jax.vmap(see)(upper, jnp.moveaxis(handover.last, 1, 0))
     start = jax.vmap(lambda s: enter(config, params, x, s))(jnp.arange(n_stacks))
-    outputs, below, layers, aux = lanes.run_lanes(
-        config, params, state, start, memory, documents, layers
+    weights = output_weights(config, params)
+    y, below, layers, aux = lanes.run_lanes(
+        config, params, state, start, memory, documents, layers, weights
     )
     handover = Handover(jnp.moveaxis(below[:, :, 0], 0, 1), jnp.ones_like(handover.is_started))
-    return outputs, (layers, handover), aux
+    return y, (layers, handover), aux
 
 
 def enter(config: ModelConfig, params: dict[str, PyTree], x: jax.Array, stack) -> jax.Array:
@@ -194,7 +214,9 @@ def _one_stack(
 ) -> tuple[jax.Array, Any, Any]:
     """Runs stack s under config.model.schedule over the whole call, with the caches of its lane."""
     one, stag = stack_config(config), config.stagformer
-    caches, ring = (None, None) if layers is None else take_lane(config, layers, s)
+    own = None if layers is None else take_lane(config, layers, s)
+    caches = None if own is None else own.positions
+    ring = None if own is None else own.ring
     half = None
     if memory is not None and stag.handoff == "add":
         x, memory = x + memory, None
@@ -202,8 +224,9 @@ def _one_stack(
         half = cross_half(config)
     rings = None
     if memory is not None and ring is not None:
-        rings = extend_ring(ring, memory, documents)
-        ring = rings.after
+        first = jax.tree.map(lambda leaf: leaf[0], ring)
+        rings = extend_rows(first, memory, documents)
+        ring = jax.tree.map(lambda leaf: leaf[None], rings.after)
 
     def take(tree, lane):
         return tree if stag.share_weights else jax.tree.map(lambda leaf: leaf[:, lane], tree)
@@ -222,12 +245,12 @@ def _one_stack(
     cells = tuple(_make_cell(one, block, half, rings, train) for block in make_blocks(one))
 
     def fresh():
-        return take_lane(config, init_caches(config, x.shape[0], x.shape[1])[0], s)[0]
+        return take_lane(config, init_caches(config, *x.shape[:2])[0], s).positions
 
     stream = (x, documents, memory)
     y, caches, aux = run_segments(one, cells, stacked, stream, caches, key=key, make_caches=fresh)
     if layers is not None and caches is not None:
-        layers = put_lane(config, layers, s, caches, ring)
+        layers = put_lane(config, layers, s, StackCaches(caches, ring))
     return y, layers, aux
 
 

@@ -2,7 +2,8 @@
 
 A lane is one stack's share of an array that all stacks have. A stack above another also has an
 *upper* lane: what it needs to see that one. The first stack has none, except on several devices,
-which all run the same program: there it is idle.
+which all run the same program: there it is idle. Models that decode one stack after the other keep
+each stack's caches by themselves, since taking a lane out of an array would copy it.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.stack import init_stack, layer_names, make_blocks, output_scale
-from longctx_jax.nn.cross_attention import CrossHalf, init_ring
+from longctx_jax.nn.cross_attention import CrossHalf, RowCache, init_rows
 from longctx_jax.nn.kv_cache import KVCache
 from longctx_jax.nn.norms import make_norm
 from longctx_jax.typing import PRNGKey, PyTree
@@ -28,10 +29,13 @@ class LaneCache(NamedTuple):
 
 
 class StackCaches(NamedTuple):
-    """The caches of all stacks."""
+    """The caches of all stacks, or of one, which have no axis of lanes."""
 
     positions: tuple[LaneCache, ...]  # one a pattern position
-    ring: KVCache | None  # [1, upper lanes, batch, ...]: memory rows that all layers share
+    ring: RowCache | None  # [1, upper lanes, batch, ...]: memory rows that all layers share
+
+
+Layers = StackCaches | tuple[StackCaches, ...]  # in lanes, or one a stack
 
 
 @flax.struct.dataclass
@@ -67,6 +71,7 @@ def cross_half(config: ModelConfig) -> CrossHalf:
         implementation=config.softmax.implementation,
         norm=config.norm,
         dropout=config.dropout,
+        layer_drop=config.layer_drop,
         dtype=config.dtype,
         output_scale=output_scale(stack_config(config)),
     )
@@ -118,52 +123,74 @@ def init_staggered(
     return params, state
 
 
-def init_caches(config: ModelConfig, batch_size: int, max_len: int) -> tuple[StackCaches, Handover]:
-    """Returns what is remembered before the first token."""
-    stag, one = config.stagformer, stack_config(config)
-    n_upper, n_rows = stag.n_stacks - n_idle_stacks(config), one.n_layers // len(one.pattern)
+def decodes_in_lanes(config: ModelConfig) -> bool:
+    """Returns whether a token goes through all stacks at once."""
+    stag = config.stagformer
+    return stag.stagger and stag.decode != "sequential" and not stag.recurrent
 
-    def lanes(cache, n_rows, n_lanes):
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n_rows, n_lanes, *x.shape)), cache)
+
+def init_caches(config: ModelConfig, batch_size: int, max_len: int) -> tuple[Layers, Handover]:
+    """Returns what is remembered before the first token."""
+    stag = config.stagformer
+    n_upper = stag.n_stacks - n_idle_stacks(config)
+    last = jnp.zeros((batch_size, n_upper, config.d_model), config.dtype)
+    handover = Handover(last, jnp.zeros((batch_size,), bool))
+    one, *others = (_init_one(config, batch_size, max_len) for _ in range(stag.n_stacks))
+    if not decodes_in_lanes(config):
+        first = StackCaches(tuple(p._replace(cross=None) for p in one.positions), None)
+        return (first, *others), handover
+
+    def lanes(tree, n_lanes):
+        def spread(leaf):
+            return jnp.broadcast_to(leaf[:, None], (leaf.shape[0], n_lanes, *leaf.shape[1:]))
+
+        return jax.tree.map(spread, tree)
+
+    positions = tuple(
+        LaneCache(lanes(p.own, stag.n_stacks), lanes(p.cross, n_upper)) for p in one.positions
+    )
+    return StackCaches(positions, lanes(one.ring, n_upper)), handover
+
+
+def _init_one(config: ModelConfig, batch_size: int, max_len: int) -> StackCaches:
+    """Returns the caches of one upper stack, as `take_lane` does."""
+    stag, one = config.stagformer, stack_config(config)
+
+    def stacked(cache, n_rows):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n_rows, *x.shape)), cache)
 
     ring, cross = None, None
+    n_rows = one.n_layers // len(one.pattern)
     if stag.handoff == "cross" and stag.cross_window != 1:
         if stag.cross_cache == "memory":
             capacity = min(stag.cross_window or max_len, max_len)
-            ring = init_ring(batch_size, capacity, config.d_model, config.dtype)
-            ring = lanes(ring, 1, n_upper)
+            ring = stacked(init_rows(batch_size, capacity, config.d_model, config.dtype), 1)
         else:
-            cross = lanes(cross_half(config).init_cache(batch_size, max_len), n_rows, n_upper)
+            cross = stacked(cross_half(config).init_cache(batch_size, max_len), n_rows)
     positions = tuple(
-        LaneCache(lanes(block.init_cache(batch_size, max_len), n_rows, stag.n_stacks), cross)
+        LaneCache(stacked(block.init_cache(batch_size, max_len), n_rows), cross)
         for block in make_blocks(one)
     )
-    last = jnp.zeros((batch_size, n_upper, config.d_model), config.dtype)
-    return StackCaches(positions, ring), Handover(last, jnp.zeros((batch_size,), bool))
+    return StackCaches(positions, ring)
 
 
-def take_lane(
-    config: ModelConfig, caches: StackCaches, stack: int
-) -> tuple[tuple[LaneCache, ...], KVCache | None]:
-    """Returns the caches [rows, batch, ...] of one stack, and its ring [batch, ...]."""
+def take_lane(config: ModelConfig, caches: Layers, stack: int) -> StackCaches:
+    """Returns the caches of one stack: leaves [rows, batch, ...], the ring's [1, batch, ...]."""
+    if not isinstance(caches, StackCaches):
+        return caches[stack]
     upper = stack - n_idle_stacks(config)
 
     def take(tree, lane):
         return None if lane < 0 else jax.tree.map(lambda leaf: leaf[:, lane], tree)
 
     positions = tuple(LaneCache(take(p.own, stack), take(p.cross, upper)) for p in caches.positions)
-    ring = take(caches.ring, upper)
-    return positions, jax.tree.map(lambda leaf: leaf[0], ring)
+    return StackCaches(positions, take(caches.ring, upper))
 
 
-def put_lane(
-    config: ModelConfig,
-    caches: StackCaches,
-    stack: int,
-    positions: tuple[LaneCache, ...],
-    ring: KVCache | None,
-) -> StackCaches:
+def put_lane(config: ModelConfig, caches: Layers, stack: int, new: StackCaches) -> Layers:
     """Returns the caches with those of one stack replaced."""
+    if not isinstance(caches, StackCaches):
+        return (*caches[:stack], new, *caches[stack + 1 :])
     upper = stack - n_idle_stacks(config)
 
     def put(tree, new, lane):
@@ -172,8 +199,7 @@ def put_lane(
         return jax.tree.map(lambda leaf, value: leaf.at[:, lane].set(value), tree, new)
 
     positions = tuple(
-        LaneCache(put(old.own, new.own, stack), put(old.cross, new.cross, upper))
-        for old, new in zip(caches.positions, positions, strict=True)
+        LaneCache(put(old.own, now.own, stack), put(old.cross, now.cross, upper))
+        for old, now in zip(caches.positions, new.positions, strict=True)
     )
-    ring = jax.tree.map(lambda leaf: leaf[None], ring)
-    return StackCaches(positions, put(caches.ring, ring, upper))
+    return StackCaches(positions, put(caches.ring, new.ring, upper))

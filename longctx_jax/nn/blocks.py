@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Aux, Documents
+from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.mlp import MLP
 from longctx_jax.nn.norms import make_norm
 from longctx_jax.nn.rwkv import RWKVChannelMix
@@ -49,7 +50,6 @@ class Block(nn.Module):
     def setup(self):
         """Makes the norms and the second half; a part that is never called has no parameters."""
         self.mixer_norm = make_norm(self.norm, self.dtype)
-        self.dropped = nn.Dropout(self.dropout, deterministic=False)
         if self.mlp == "none":
             return
         self.mlp_norm = make_norm(self.norm, self.dtype)
@@ -115,13 +115,7 @@ class Block(nn.Module):
         return x + self._drop(y, train), cache
 
     def _drop(self, x: jax.Array, train: bool) -> jax.Array:
-        if train and self.dropout > 0.0:
-            x = self.dropped(x)
-        if train and self.layer_drop > 0.0:
-            keep = 1.0 - self.layer_drop
-            mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
-            x = jnp.where(mask, x / keep, 0).astype(x.dtype)
-        return x
+        return drop(self, x, self.dropout, self.layer_drop, train=train)
 
     def init_cache(self, batch_size: int, max_len: int) -> Any:
         """Returns the mixer's empty cache; a BlockCache if the MLP has one too."""

@@ -6,14 +6,15 @@ so the ordinary causal rule (row j is seen by tokens i >= j) never shows a token
 Source: Cutler et al. (2025), arXiv 2501.15665 (StagFormer).
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Documents, own_documents
+from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend, init_kv_cache
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import make_norm
@@ -23,25 +24,39 @@ from longctx_jax.ops.position import rotate
 POSITIONS = ("rotary", "none")
 
 
+@flax.struct.dataclass
+class RowCache:
+    """The last rows of a memory, in a ring like that of a KVCache."""
+
+    rows: jax.Array  # [batch, capacity, d_model]
+    slot_positions: jax.Array  # as in KVCache, like the rest
+    slot_documents: jax.Array
+    position: jax.Array
+
+    def with_keys(self, key: jax.Array, value: jax.Array) -> KVCache:
+        """Returns the KVCache whose keys and values [batch, capacity, heads, ...] these are."""
+        return KVCache(key, value, self.slot_positions, self.slot_documents, self.position)
+
+
 class MemoryRing(NamedTuple):
-    """The rows of a memory that all layers above share, before and after the tokens of a call.
+    """The rows that all layers above share, before and after the tokens of a call."""
 
-    Rows are the keys [batch, capacity, 1, d_model] of caches whose values have width 0.
-    """
-
-    before: KVCache
-    after: KVCache
+    before: RowCache
+    after: RowCache
 
 
-def init_ring(batch_size: int, capacity: int, d_model: int, dtype: str) -> KVCache:
-    """Returns an empty ring of memory rows: capacity d_model numbers a batch row."""
-    return init_kv_cache(batch_size, capacity, 1, d_model, 0, dtype)
+def init_rows(batch_size: int, capacity: int, d_model: int, dtype: str) -> RowCache:
+    """Returns an empty ring: capacity d_model numbers a batch row."""
+    empty = init_kv_cache(batch_size, capacity, 1, d_model, 0, dtype)
+    return RowCache(empty.key[:, :, 0], empty.slot_positions, empty.slot_documents, empty.position)
 
 
-def extend_ring(ring: KVCache, memory: jax.Array, documents: Documents) -> MemoryRing:
+def extend_rows(ring: RowCache, memory: jax.Array, documents: Documents) -> MemoryRing:
     """Returns the ring before and after it takes in memory [batch, seq, d_model]."""
-    nothing = jnp.zeros((*memory.shape[:2], 1, 0), memory.dtype)
-    return MemoryRing(ring, extend(ring, memory[:, :, None], nothing, documents.index))
+    before, new = ring.rows[:, :, None], memory[:, :, None]
+    kept = extend(ring.with_keys(before, before[..., :0]), new, new[..., :0], documents.index)
+    rows = RowCache(kept.key[:, :, 0], kept.slot_positions, kept.slot_documents, kept.position)
+    return MemoryRing(ring, rows)
 
 
 class CrossHalf(nn.Module):
@@ -66,6 +81,7 @@ class CrossHalf(nn.Module):
     implementation: str
     norm: str
     dropout: float
+    layer_drop: float
     dtype: str
     output_scale: float
 
@@ -110,9 +126,17 @@ class CrossHalf(nn.Module):
         shared = None
         if isinstance(cache, MemoryRing):
             shared, before = cache, cache.before
-            rows = before.key[:, :, 0]
-            key, value = self._keys(rows, to_key), self._values(rows, to_value)
-            cache = dataclasses.replace(before, key=key, value=value)
+            # Nothing to project before the first token; rows that are there, at every call.
+            key, value = jax.lax.cond(
+                jnp.any(before.position > 0),
+                lambda rows: (self._keys(rows, to_key), self._values(rows, to_value)),
+                lambda rows: tuple(
+                    jnp.zeros((*rows.shape[:2], self.n_kv_heads, width), self.dtype)
+                    for width in (self.d_key, self.d_value)
+                ),
+                before.rows,
+            )
+            cache = before.with_keys(key, value)
         key, value = self._keys(memory, to_key), self._values(memory, to_value)
         if self.position == "rotary":
             positions = jnp.arange(memory.shape[1], dtype=jnp.int32)[None]
@@ -144,7 +168,7 @@ class CrossHalf(nn.Module):
         )
         return out, cache if shared is None else shared
 
-    def _absorbed(self, query, to_key, to_value, ring: KVCache, documents):
+    def _absorbed(self, query, to_key, to_value, ring: RowCache, documents):
         """One token against the rows themselves: <q, M W_K> = <q W_K^T, M>, (P M) W_V = P (M W_V).
 
         Source: Yan et al. (2021), arXiv 2105.04779.
@@ -154,7 +178,7 @@ class CrossHalf(nn.Module):
         grouped = query.reshape(batch, seq, n_kv, -1, d_key)
         to_key = to_key.reshape(d_model, n_kv, d_key)
         absorbed = jnp.einsum("btgrk,dgk->btgrd", grouped, to_key).reshape(batch, seq, -1, d_model)
-        rows = dataclasses.replace(ring, value=ring.key)
+        rows = ring.with_keys(ring.rows[:, :, None], ring.rows[:, :, None])
         positions = ring.position[:, None] - 1
         partial = attend_ring(
             absorbed, rows, positions, documents.index, None, scale=self.d_key**-0.5
@@ -170,9 +194,7 @@ class CrossHalf(nn.Module):
         return (memory @ to_value).reshape(*memory.shape[:2], self.n_kv_heads, self.d_value)
 
     def _drop(self, out, train: bool):
-        if train and self.dropout > 0.0:
-            out = nn.Dropout(self.dropout, deterministic=False)(out)
-        return out
+        return drop(self, out, self.dropout, self.layer_drop, train=train)
 
     def init_cache(self, batch_size: int, max_len: int) -> KVCache | None:
         """Returns an empty cache of keys and values; None for a linear map."""

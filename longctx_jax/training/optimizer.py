@@ -142,6 +142,13 @@ def is_matrix(params: PyTree) -> PyTree:
 
 
 def _muon_dimensions(params: PyTree) -> PyTree:
-    """Which axes of each leaf form a matrix; None = not one, left to Adam."""
-    one = contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-    return jax.tree.map(lambda matrix: one if matrix else None, is_matrix(params))
+    """Which axes of each leaf form a matrix, the last two; None = not one, left to Adam.
+
+    Axes before them count layers, and stacks of layers.
+    """
+
+    def dimensions(matrix, leaf):
+        axes = {"reduction_axis": (leaf.ndim - 2,), "output_axis": (leaf.ndim - 1,)}
+        return contrib.MuonDimensionNumbers(**axes) if matrix else None
+
+    return jax.tree.map(dimensions, is_matrix(params), params)

@@ -1,7 +1,7 @@
-"""Staggered stacks against their definition: numpy loops over documents, stacks and heads."""
+"""Staggered stacks against their definition: numpy, loops over documents, stacks and layers."""
 
-import functools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from longctx_jax.decoding import generate
-from longctx_jax.models import build_model
+from longctx_jax.models import build_model, staggered
 from longctx_jax.models.lanes import place_stacks
+from longctx_jax.models.staggered_state import take_lane
 from longctx_jax.training.step import merge_cache_rows, split_cache_rows
 from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal, sub_jaxprs
 from tests.tiny import PROJECT
@@ -29,6 +30,7 @@ VARIANTS = {
     "passes": {"share_weights": True, "pass_embedding": True},
     "three_shared": {"n_stacks": 3, "share_weights": True, "pass_embedding": True},
     "memory": {"cross_cache": "memory", "cross_position": "none"},
+    "four": {"n_stacks": 4, "combine": "linear", "cross_window": 2},
     "memory_window": {"cross_cache": "memory", "cross_position": "none", "cross_window": 4},
     "add": {"handoff": "add", "share_weights": True},
     "control": {"stagger": False},
@@ -219,14 +221,20 @@ def test_any_mixer_and_schedule(name, changes):
 @variants(["separate", "shared", "memory"], fast=["separate"])
 @in_float64
 def test_lanes_are_the_stacks_one_after_the_other(name):
-    """The same caches too, so that either can go on where the other stopped."""
+    """The same logits, and the same caches of every stack."""
     model, variables = make(name)
     slow = with_options(model, decode="sequential")
-    _, cache = in_calls(slow, variables, [4])
-    step = {"segment_ids": jnp.asarray(DOCUMENTS[:, 4:5])}
-    found, expected = (m.apply(variables, TOKENS[:, 4:5], cache, **step) for m in (model, slow))
-    assert_trees_close(found.logits, expected.logits, rel_rms=1e-12)
-    assert_trees_close(found.cache, expected.cache, rel_rms=1e-12)
+    found, expected = (in_calls(m, variables, [4, 1]) for m in (model, slow))
+    assert_close(found[0], expected[0], rel_rms=1e-12)
+    assert_trees_close(found[1].carried, expected[1].carried, rel_rms=1e-12)
+    for stack in range(model.config.stagformer.n_stacks):
+        lane, own = (
+            take_lane(m.config, cache.layers, stack)
+            for m, (_, cache) in ((model, found), (slow, expected))
+        )
+        assert_trees_close(lane, own, rel_rms=1e-12)
+    with pytest.raises(ValueError, match="decoding model's own"):
+        model.apply(variables, TOKENS[:, :1], expected[1])
 
 
 def n_products(model, seq):
@@ -308,6 +316,19 @@ def test_the_recurrent_approximation_starts_exact_and_then_sees_itself():
         assert (np.max(np.abs(expected - exact[t])) < 1e-12) == (t == n_prompt)
 
 
+def test_prompts_of_recurrent_models_do_not_depend_on_their_pieces():
+    """A piece of one token is part of the prompt, not decoded."""
+    model, variables = make("passes", "float32")
+    quick = with_options(model, recurrent=True)
+    options = {"max_new_tokens": 4, "key": jax.random.key(0)}
+    whole = generate(quick, variables, [TOKENS[0, :5]], **options)
+    assert np.array_equal(
+        generate(quick, variables, [TOKENS[0, :5]], prefill_len=4, **options), whole
+    )
+    exact = generate(model, variables, [TOKENS[0, :5]], **options)
+    assert np.array_equal(whole[:, :2], exact[:, :2])
+
+
 def test_codebooks_of_all_stacks_learn():
     """Own weights have own codebooks; shared ones are fed by every pass."""
     changes = {"pattern": ("vq",), "vq": {"codebook_size": 5, "window_len": 4}}
@@ -325,16 +346,28 @@ def test_codebooks_of_all_stacks_learn():
         assert np.all(np.isfinite(list(model.describe_model_state(new).values())))
 
 
-def test_dropout_differs_between_stacks_and_halves_not_between_calls():
-    model, variables = make("separate", "float32", dropout=0.5)
-    run = functools.partial(model.apply, variables, TOKENS, train=True)
-    first = run(rngs={"dropout": jax.random.key(0)}).logits
-    assert jnp.array_equal(first, run(rngs={"dropout": jax.random.key(0)}).logits)
-    assert not jnp.array_equal(first, run(rngs={"dropout": jax.random.key(1)}).logits)
+def test_dropout_differs_between_stacks_not_between_calls():
+    """Passes of shared weights whose memory is zero do the same, but for what they drop."""
+    model, variables = make("add", "float32", dropout=0.5)
+    handover = jax.tree.map(jnp.zeros_like, variables["params"]["handover"])
+    params = variables["params"] | {"handover": handover}
+    x = jnp.asarray(make_normal(5, BATCH, SEQ, WIDTH), jnp.float32)
+
+    def outputs(train, seed=0):
+        options = {"key": jax.random.key(seed) if train else None, "train": train}
+        return staggered._stack_after_stack(model.config, params, {}, x, None, None, **options)[0]
+
+    below, above = outputs(train=False)
+    assert_close(above, below, rel_rms=1e-6)
+    below, above = outputs(train=True)
+    assert jnp.mean(jnp.abs(below - above)) > 0.1
+    assert_trees_close(outputs(train=True), [below, above], rel_rms=0.0)
+    assert jnp.mean(jnp.abs(outputs(train=True, seed=1)[0] - below)) > 0.1
 
 
-def test_rows_of_a_cache_split_and_merge():
-    model, variables = make("separate", "float32")
+@pytest.mark.parametrize("name", ["separate", "memory", "control"])
+def test_rows_of_a_cache_split_and_merge(name):
+    model, variables = make(name, "float32")
     cache = model.apply(variables, TOKENS, model.init_cache(BATCH, SEQ)).cache
     halves = split_cache_rows(cache, BATCH)
     assert_trees_close(merge_cache_rows(halves), cache, rel_rms=0.0)
@@ -346,13 +379,23 @@ def test_rows_of_a_cache_split_and_merge():
     "fields, text",
     [
         ({"n_layers": 6, "stagformer": {"n_stacks": 4}}, "use n_layers=8"),
-        ({"stagformer": {"n_stacks": 1}}, "or use transformer"),
+        ({"stagformer": {"n_stacks": 1}}, "or use config.model.name='transformer'"),
+        ({"stagformer": {"handoff": "add", "cross_window": 128}}, "set cross_window=0"),
+        ({"stagformer": {"cross_window": 1, "cross_cache": "memory"}}, "set cross_position='none'"),
+        (
+            {"stagformer": {"handoff": "add", "cross_cache": "memory", "cross_position": "none"}},
+            "set cross_cache='kv'",
+        ),
+        (
+            {"stagformer": {"recurrent": True, "share_weights": True, "decode": "lanes"}},
+            "got decode='lanes'; set decode='auto'",
+        ),
         ({"stagformer": {"cross_window": -1}}, "stagformer.cross_window"),
         ({"stagformer": {"handoff": "sum"}}, "['cross', 'add']"),
         ({"stagformer": {"cross_cache": "memory"}}, "set cross_position='none'"),
         ({"stagformer": {"recurrent": True}}, "share_weights=True"),
         ({"stagformer": {"stagger": False, "decode": "lanes"}}, "set decode='auto'"),
-        ({"stagformer": {"stagger": False, "stack_axis": "s"}}, "stack_axis needs stagger"),
+        ({"stagformer": {"stagger": False, "stack_axis": "s"}}, "stack_axis needs staggered"),
         ({"layer_axis": "a", "schedule": "diagonal"}, "use stagformer.stack_axis"),
         (
             {"segment_len": 4, "stagformer": {"cross_cache": "memory", "cross_position": "none"}},
@@ -368,20 +411,26 @@ def test_contradictions_are_named(fields, text):
 
 
 def check_two_devices(mesh):
-    """Stacks on two devices decode what one device decodes, and hand over one row a token."""
-    for name in ("separate", "shared", "memory", "linear_map", "add"):
+    """Stacks on two devices decode what one device decodes; each keeps the caches of its own."""
+    for name in ("separate", "shared", "memory", "linear_map", "add", "four"):
         model, variables = make(name, "float32")
         spread = with_options(model, stack_axis="stack")
         prompts = [TOKENS[0, :5], TOKENS[1, :5]]
         expected = generate(model, variables, prompts, max_new_tokens=4)
-        _, cache = in_calls(model, variables, [4, 1])
         logits, _ = in_calls(model, variables, [4, 1, 1])
         with jax.set_mesh(mesh):
             placed = place_stacks(spread.config, variables, mesh)
             assert np.array_equal(generate(spread, placed, prompts, max_new_tokens=4), expected)
             found, cache = in_calls(spread, placed, [4, 1, 1])
+            step = jax.jit(spread.apply).lower(placed, TOKENS[:, :1], cache).compile()
         assert_close(found, logits, rel_rms=1e-5)
-    del cache
+        messages = re.findall(r"(all-\w+|collective-permute|reduce-scatter)\(", step.as_text())
+        assert sorted(messages) == ["all-reduce", "collective-permute"], (name, messages)
+        for leaf in jax.tree.leaves(cache.layers):
+            assert leaf.sharding.spec[1] == "stack", name
+    model, _ = make("three", "float32")
+    with pytest.raises(ValueError, match="2 devices and 3 stacks"):
+        place_stacks(with_options(model, stack_axis="stack").config, {"params": {}}, mesh)
 
 
 @pytest.mark.slow

@@ -127,6 +127,15 @@ def test_wsd_ends_at_the_final_fraction_however_long_the_warmup():
     np.testing.assert_allclose(schedule(100), 0.1, atol=1e-6)
 
 
+def test_muon_orthogonalises_each_layer_of_each_stack():
+    tx, _ = make_optimizer(optim(name="muon", warmup_steps=0, weight_decay=0.0), 10)
+    p = {"stack": {"query": {"kernel": jnp.ones((2, 3, 8, 8))}}}  # [rows, stacks, in, out]
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), p)
+    updates, _ = tx.update(grads, tx.init(p), p)
+    singular = jnp.linalg.svd(updates["stack"]["query"]["kernel"], compute_uv=False)
+    assert float(jnp.max(singular[..., 0] / singular[..., -1])) < 2.5
+
+
 def test_muon_orthogonalises_each_layer_by_itself():
     tx, _ = make_optimizer(
         optim(name="muon", schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0), 10
