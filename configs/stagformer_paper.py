@@ -3,7 +3,7 @@
 18 and 36 layers of full attention, 1.6 B and 2.8 B parameters, and two stacks of 18 with weights of
 their own, 2.9 B. Context 1,024, 1,280 rows an update. The paper gives the parameters and no sizes:
 width 1,536, a gated MLP of 8 times that, and 256,000 tied embeddings are the sizes that fit all
-three (1.58 B, 2.77 B, 2.94 B). The data are PG-19 here and the Pile there; the paper gives no optimizer.
+three (1.58 B, 2.77 B, 2.94 B). Data are PG-19 here, the Pile there; it gives no optimizer.
 
 Source: Cutler et al. (2025), arXiv 2501.15665.
 """
