@@ -177,11 +177,13 @@ def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
     loop = [row for row in rows if row["pass"] == "loop"]
     prefill = [row for row in rows if row["pass"] == "prefill"]
     panels: list[tuple[str, Callable[[Axes], None]]] = []
-    for shape, batch in sorted({(row["shape"], row["batch_size"]) for row in stacks}):
-        own = [r for r in stacks if (r["shape"], r["batch_size"]) == (shape, batch)]
-        title = f"staggered stacks, {shape}, batch {batch}: time a token"
-        draw = functools.partial(_lines, rows=own, x="context_len", y="token_ms")
-        panels.append((title, draw))
+    fields = ("shape", "batch_size", "context_len")
+    for case in sorted({tuple(row[name] for name in fields) for row in stacks}):
+        own = [r for r in stacks if tuple(r[name] for name in fields) == case]
+        title = "stacks, {}, batch {}, {} tokens before, {} new".format(
+            *case, own[0]["n_new_tokens"]
+        )
+        panels.append((title, functools.partial(_bars, rows=own)))
     if not loop:
         return panels
     return [

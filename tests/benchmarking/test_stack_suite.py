@@ -45,7 +45,7 @@ def test_rows_of_every_variant_and_their_ratios():
         assert len(ratios) == 2 * len(names) - 2
     device = {"device": "cpu", "jax_version": "0", "date": "2026", "revision": "0"}
     axes = figures.draw_rows([row | device for row in rows]).axes
-    assert [a.get_title().split(", ")[2].split(":")[0] for a in axes] == ["batch 1", "batch 2"]
+    assert [axis.get_title().split(", ")[2] for axis in axes] == ["batch 1", "batch 2"]
 
 
 def test_a_ratio_is_told_as_a_saving():
