@@ -2,9 +2,15 @@
 
 import contextlib
 import functools
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
+
+from tests.tiny import PROJECT
 
 
 def make_normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
@@ -28,6 +34,37 @@ def random_variables(function, *args, scale: float = 0.3):
     leaves, tree = jax.tree.flatten(jax.eval_shape(function, *args))
     arrays = [make_normal(i, *leaf.shape, scale=scale) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, [array.astype(np.float32) for array in arrays])
+
+
+def run_on_devices(program: str, n_devices: int = 8) -> None:
+    """Runs Python text in a process of its own with this many CPU devices; fails if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(n_devices)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def run_two_processes(module: str) -> list[str]:
+    """Returns what `python -m module ID PORT` prints as each of two processes that find others."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-m", module, str(i), port], cwd=PROJECT, **pipes)
+        for i in range(2)
+    ]
+    printed = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+        printed.append(out)
+    return printed
 
 
 def sub_jaxprs(jaxpr):

@@ -1,10 +1,6 @@
 """The layers of the diagonal schedule on several devices: the same numbers, few messages."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +9,13 @@ import pytest
 
 from longctx_jax.models import build_model
 from longctx_jax.models.schedules import run_stack
-from tests.helpers import assert_trees_close, make_normal, random_variables
-from tests.tiny import PROJECT
+from tests.helpers import (
+    assert_trees_close,
+    make_normal,
+    random_variables,
+    run_on_devices,
+    run_two_processes,
+)
 
 N_SEGMENTS, BATCH, WIDTH = 3, 2, 4
 
@@ -112,15 +113,7 @@ t.check_uneven_devices()
 t.check_values_gradients_and_messages()
 t.check_a_model_with_memory_on_eight_devices()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=PROJECT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_devices(program)
 
 
 def test_mistakes_name_the_axis():
@@ -136,22 +129,6 @@ def test_mistakes_name_the_axis():
 
 @pytest.mark.slow
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.models.two_processes"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(i), port],
-            cwd=PROJECT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
+    for out in run_two_processes("tests.models.two_processes"):
         assert "devices=4 processes=2" in out
         assert float(out.split("worst=")[1]) < 1e-6

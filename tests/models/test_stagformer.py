@@ -1,10 +1,6 @@
 """Staggered stacks against their definition: numpy, loops over documents, stacks and layers."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +12,15 @@ from longctx_jax.models import build_model, staggered
 from longctx_jax.models.lanes import place_stacks
 from longctx_jax.models.staggered_state import take_lane
 from longctx_jax.training.step import merge_cache_rows, split_cache_rows
-from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal, sub_jaxprs
-from tests.tiny import PROJECT
+from tests.helpers import (
+    assert_close,
+    assert_trees_close,
+    in_float64,
+    make_normal,
+    run_on_devices,
+    run_two_processes,
+    sub_jaxprs,
+)
 
 BATCH, SEQ, WIDTH, HEADS = 2, 11, 8, 2
 TOKENS = np.random.default_rng(0).integers(0, 11, (BATCH, SEQ), np.int32)
@@ -435,15 +438,7 @@ def check_two_devices(mesh):
 
 @pytest.mark.slow
 def test_stacks_of_two_processes():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.models.two_process_stacks"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, str(i), port], cwd=PROJECT, **pipes) for i in range(2)]
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
+    for out in run_two_processes("tests.models.two_process_stacks"):
         assert "devices=2 processes=2" in out
         assert float(out.split("worst=")[1]) < 1e-5
 
@@ -456,12 +451,4 @@ from tests.models import test_stagformer as t
 kinds = (jax.sharding.AxisType.Auto,)
 t.check_two_devices(jax.make_mesh((2,), ("stack",), axis_types=kinds, devices=jax.devices()[:2]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=PROJECT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_devices(program)
