@@ -146,10 +146,10 @@ def _over_devices(config: ModelConfig):
         return jax.lax.psum(y, axis), below, caches, aux
 
     lanes, later, whole = PartitionSpec(axis), PartitionSpec(None, axis), PartitionSpec()
-    weights = whole if config.stagformer.share_weights else later
+    stack = whole if config.stagformer.share_weights else later
 
     def mapped(rows, *args):
-        row_specs = tuple((weights, weights, weights, whole) for _ in rows)
+        row_specs = tuple((stack, stack, stack, whole) for _ in rows)
         return jax.shard_map(
             run,
             in_specs=(row_specs, lanes, lanes, lanes, whole, later, lanes),
@@ -204,8 +204,8 @@ def _padded(config: ModelConfig, params: dict[str, PyTree]) -> dict[str, PyTree]
 def place_stacks(config: ModelConfig, variables: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Returns the variables laid out for decoding on a mesh: each device has its own stacks'.
 
-    Embedding, output matrix and shared weights are on every device. Works for arrays of one
-    process; `apply` also takes variables that were not placed, and moves them at every call.
+    Embedding, output matrix and shared weights are on every device. With several processes each
+    must hold the same variables; `apply` also takes those not placed, and moves them at every call.
 
     Args:
         config: of the model, with stagformer.stack_axis set.

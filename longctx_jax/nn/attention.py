@@ -4,11 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.nn.contract import Aux, Documents, no_aux, own_documents
+from longctx_jax.nn.contract import Aux, Documents, no_aux
 from longctx_jax.nn.kv_cache import KVCache, cached_attention, init_kv_cache
 from longctx_jax.nn.mlp import dense
 from longctx_jax.nn.norms import RMSNorm
-from longctx_jax.ops.attention import attention
 from longctx_jax.ops.position import rotate
 
 N_RELATIVE_BUCKETS = 32
@@ -66,28 +65,16 @@ class SoftmaxAttention(nn.Module):
             shape = (self.n_heads, N_RELATIVE_BUCKETS)
             bias = self.param("relative_bias", nn.initializers.zeros, shape, jnp.float32)
 
-        if cache is None:
-            out = attention(
-                query,
-                key,
-                value,
-                segment_ids=own_documents(documents),
-                window_len=self.window_len,
-                relative_bias=bias,
-                implementation=self.implementation,
-            )
-        else:
-            assert documents is not None
-            out, cache = cached_attention(
-                query,
-                key,
-                value,
-                cache,
-                documents,
-                window_len=self.window_len,
-                relative_bias=bias,
-                implementation=self.implementation,
-            )
+        out, cache = cached_attention(
+            query,
+            key,
+            value,
+            cache,
+            documents,
+            window_len=self.window_len,
+            relative_bias=bias,
+            implementation=self.implementation,
+        )
         out = out.reshape(*out.shape[:2], -1)
         return dense(x.shape[-1], self.dtype, "out", self.output_scale)(out), cache, no_aux()
 

@@ -13,12 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.nn.contract import Documents, own_documents
+from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend, init_kv_cache
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import make_norm
-from longctx_jax.ops.attention import attention
 from longctx_jax.ops.position import rotate
 
 POSITIONS = ("rotary", "none")
@@ -144,18 +143,6 @@ class CrossHalf(nn.Module):
                 positions = cache.position[:, None] + positions
             query = rotate(query, positions + self.delay, self.rope_theta)
             key = rotate(key, positions, self.rope_theta)
-        if cache is None:
-            segments = own_documents(documents)
-            out = attention(
-                query,
-                key,
-                value,
-                segment_ids=segments,
-                window_len=self.window_len,
-                implementation=self.implementation,
-            )
-            return out, None
-        assert documents is not None
         out, cache = cached_attention(
             query,
             key,

@@ -15,6 +15,7 @@ from longctx_jax.ops.attention import (
     NEVER,
     Keys,
     Partial,
+    attention,
     attention_partial,
     empty_partial,
     merge_partial_attention,
@@ -70,21 +71,22 @@ def cached_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    cache: KVCache,
-    documents: Documents,
+    cache: KVCache | None,
+    documents: Documents | None,
     *,
     window_len: int,
     relative_bias: jax.Array | None,
     implementation: str,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, KVCache | None]:
     """Attends over the cached and the new tokens, and appends the new ones.
 
     Args:
         query: of the new tokens, [batch, seq, heads, key], rotated like key if at all.
         key: [batch, seq, kv_heads, key].
         value: [batch, seq, kv_heads, value].
-        cache: what came before; its capacity is at most window_len.
-        documents: of the new tokens, numbered as those in the cache.
+        cache: what came before; its capacity is at most window_len. None = nothing, and nothing
+            is wanted back.
+        documents: of the new tokens, numbered as those in the cache, which needs them.
         window_len: tokens a query sees; 0 = as many as the cache holds.
         relative_bias: as in `attention`.
         implementation: for the new tokens among themselves.
@@ -92,6 +94,18 @@ def cached_attention(
     Returns:
         out [batch, seq, heads, value], and the extended cache.
     """
+    if cache is None:
+        out = attention(
+            query,
+            key,
+            value,
+            segment_ids=own_documents(documents),
+            window_len=window_len,
+            relative_bias=relative_bias,
+            implementation=implementation,
+        )
+        return out, None
+    assert documents is not None
     seq, capacity = query.shape[1], cache.key.shape[1]
     extended = extend(cache, key, value, documents.index)
     if seq == 1:  # the ring holds the new token and every other it may see
