@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def model_config() -> ml_collections.ConfigDict:
     """The model: sizes shared by all schemes, then one sub-config a mixer."""
     c = ml_collections.ConfigDict()
-    # transformer | transformer_vq | decay | recurrent_memory | stagformer
+    # transformer | transformer_vq | decay | recurrent_memory | stagformer | inattention
     c.name = "transformer"
     c.pattern = ()  # repeating mixers, e.g. ("decay", "decay", "sliding"); () = the model's own
     c.n_layers = 6  # blocks; a multiple of the pattern's length
@@ -155,6 +155,22 @@ def model_config() -> ml_collections.ConfigDict:
     # decode with the last pass alone, which then sees its own outputs: an approximation
     c.stagformer.recurrent = False
     c.stagformer.stack_axis = ""  # mesh axis that decoding spreads the stacks over; "" = one device
+
+    c.inattention = ml_collections.ConfigDict()
+    c.inattention.memory_position = "sinusoid"  # added to the embeddings: sinusoid | none
+    # of scores: relative (learned, by bucket) | near (learned up to n_exact tokens, 0 beyond) |
+    # alibi | decoupled (rotary numbers beside the content) | rotary (as a transformer) | none
+    c.inattention.score_position = "relative"
+    c.inattention.n_exact = 128  # relative, near: distances in tokens with a bias of their own
+    c.inattention.max_distance = 4096  # relative: tokens; buckets grow up to it
+    c.inattention.d_rotary = 32  # decoupled: rotary numbers a row
+    c.inattention.rope_theta = 10_000.0  # of rotary numbers and sinusoids
+    c.inattention.d_memory = 0  # width of the memory's rows; 0 = d_model
+    c.inattention.share_projections = False  # one W_K and W_V for all layers
+    # of decoding: kv (keys and values a layer) | embedding (rows, once) | ids | counts (how often
+    # each id occurred) | auto (the smallest that costs no more work than it saves); all are exact
+    c.inattention.cache = "auto"
+    c.inattention.implementation = "auto"  # of attention among a call's tokens: as softmax
     return c
 
 

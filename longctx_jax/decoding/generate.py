@@ -82,13 +82,16 @@ def _read(
     tokens, segment_ids = pad_left(prompts, longest)
     cache = model.init_cache(len(prompts), cache_len or longest + max_new_tokens)
     is_ragged = any(len(p) != longest for p in prompts)
-    logits = None
+    hidden = None
     for start in range(0, longest, prefill_len):
         piece = slice(start, min(start + prefill_len, longest))
         ids = jnp.asarray(segment_ids[:, piece]) if is_ragged else None
-        logits, cache = _prefill(model.exact, variables, jnp.asarray(tokens[:, piece]), ids, cache)
-    assert logits is not None
-    return logits, cache
+        outputs = "last" if piece.stop == longest else "none"
+        hidden, cache = _prefill(
+            model.exact, outputs, variables, jnp.asarray(tokens[:, piece]), ids, cache
+        )
+    assert hidden is not None
+    return _logits(model, variables, hidden), cache
 
 
 def pad_left(
@@ -103,17 +106,23 @@ def pad_left(
     return tokens, segment_ids
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(model: Decoder, variables, tokens, segment_ids, cache: ModelCache):
-    """Returns the logits after the last token [rows, vocab], and the cache."""
-    out = model.hidden(variables, tokens, cache, segment_ids=segment_ids)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _prefill(model: Decoder, outputs: str, variables, tokens, segment_ids, cache: ModelCache):
+    """Returns the activations that are wanted, [rows, 1 or 0, d_model], and the cache."""
+    out = model.hidden(variables, tokens, cache, segment_ids=segment_ids, outputs=outputs)
+    return out.hidden, out.cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Decoder, variables, hidden):
+    """Returns the logits [rows, vocab] of activations [rows, 1, d_model]."""
     logits = jnp.einsum(
         "bd,dz->bz",
-        out.hidden[:, -1],
+        hidden[:, 0],
         model.unembedding(variables),
         preferred_element_type=jnp.float32,  # as in Decoder.apply
     )
-    return logits.astype(jnp.float32), out.cache
+    return logits.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from longctx_jax.models import recurrence_state
 from longctx_jax.models.bodies import body_of
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.initial import OUTPUTS, Source, Wanted
 from longctx_jax.models.stack import call_module, has_state
 from longctx_jax.nn.contract import Aux, advance_documents
 from longctx_jax.nn.embed import Embed
@@ -29,7 +30,8 @@ class ModelCache:
     layers: Any  # of the layers, leaves [layers, batch, ...], in lanes [rows, lanes, batch, ...]
     last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
     document: jax.Array  # int32 [batch], number of the document the last token belongs to
-    carried: Any = ()  # SegmentCache of recurrent memory, Handover of staggered stacks
+    # SegmentCache of recurrent memory, Handover of staggered stacks, Memory of initial embeddings
+    carried: Any = ()
     row_axis: int = flax.struct.field(pytree_node=False, default=1)  # of the batch, in layers
 
 
@@ -176,7 +178,7 @@ class Decoder:
         return DecoderOutput(logits, out.cache, out.aux)
 
     # Compiled here so that eager callers compile once a shape; inside an outer jit it is inlined.
-    @functools.partial(jax.jit, static_argnums=0, static_argnames=("train",))
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "outputs"))
     def hidden(
         self,
         variables: dict[str, PyTree],
@@ -187,8 +189,25 @@ class Decoder:
         weights: jax.Array | None = None,
         rngs: dict[str, PRNGKey] | None = None,
         train: bool = False,
+        outputs: str = "all",
+        at: jax.Array | None = None,
     ) -> HiddenOutput:
-        """As `apply`, without the product with the output matrix (for losses in chunks)."""
+        """As `apply`, without the product with the output matrix, of all tokens or some.
+
+        Args:
+            variables: as in `apply`, like the rest.
+            outputs: whose activations are wanted: "all", "last" (one token) or "none". A model
+                whose layers read only embeddings then spares the others its layers.
+            at: int32 [n], increasing: the tokens whose activations are wanted; None = as `outputs`
+                says.
+
+        Raises:
+            ValueError: unknown outputs, or both of the last two.
+        """
+        if outputs not in OUTPUTS or (at is not None and outputs != "all"):
+            raise ValueError(
+                f"outputs must be one of {OUTPUTS}, and 'all' with at: got {outputs!r}; change one"
+            )
         params = variables["params"]
         key = self._dropout_key(rngs, train)
         batch, seq = tokens.shape
@@ -211,17 +230,16 @@ class Decoder:
                 f"{sorted(variables)}; pass all that `init` returned"
             )
         norm = functools.partial(call_module, self._norm, params["norm"])
+        options: dict[str, Any] = {"norm": norm, "key": key, "train": train}
+        if self._body.picks_outputs:
+            embed = functools.partial(call_module, self._embed, params["embed"])
+            options |= {"source": Source(tokens, embed), "wanted": Wanted(outputs, at)}
         x, after, aux = self._body.apply(
-            self.config,
-            params,
-            state["stack"],
-            x,
-            documents,
-            before,
-            norm=norm,
-            key=key,
-            train=train,
+            self.config, params, state["stack"], x, documents, before, **options
         )
+        if not self._body.picks_outputs:
+            n = {"all": seq, "last": 1, "none": 0}[outputs]
+            x = x[:, seq - n :] if at is None else x[:, at]
         if after is not None:
             layers, carried = after
             assert cache is not None

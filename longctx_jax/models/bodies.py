@@ -1,7 +1,8 @@
 """What stands between a decoder's embedding and its last norm: one body a family of models.
 
-Three families: layers one after another; the same with a memory between segments; and stacks side
-by side. Each brings its own parameters, caches, and way through a call.
+Four families: layers one after another; the same with a memory between segments; stacks side by
+side; and layers that read nothing but the embeddings. Each brings its own parameters, caches, and
+way through a call.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from longctx_jax.models import recurrence, recurrence_state, stack, staggered, staggered_state
+from longctx_jax.models import (
+    initial,
+    recurrence,
+    recurrence_state,
+    stack,
+    staggered,
+    staggered_state,
+)
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.typing import PyTree
 
@@ -21,13 +29,15 @@ class Body(NamedTuple):
     init: Callable[..., tuple[dict[str, PyTree], dict[str, PyTree]]]
     # (config, batch_size, max_len) -> (caches of the layers, what else goes from call to call)
     init_cache: Callable[..., tuple[Any, Any]]
-    # (config, params, state, x, documents, cache, *, norm, key, train) -> (normed, cache, aux)
+    # (config, params, state, x, documents, cache, *, norm, key, train) -> (normed, cache, aux);
+    # and, if it picks outputs: source, wanted
     apply: Callable[..., tuple[jax.Array, tuple[Any, Any] | None, Any]]
     # (config, state, aux, key) -> state
     update_state: Callable[..., dict[str, PyTree]]
     # (config, state) -> metrics
     describe_state: Callable[..., dict[str, jax.Array]]
     row_axis: int = 1  # of the batch, in the caches of the layers
+    picks_outputs: bool = False  # tokens whose output nobody wants pass through no layer
 
 
 def body_of(config: ModelConfig) -> Body:
@@ -35,6 +45,8 @@ def body_of(config: ModelConfig) -> Body:
     if config.name == "stagformer":
         in_lanes = staggered_state.decodes_in_lanes(config)
         return STAGGERED._replace(row_axis=2 if in_lanes else 1)
+    if config.name == "inattention":
+        return INITIAL
     return PLAIN if config.recurrence == "none" else RECURRENT
 
 
@@ -106,4 +118,12 @@ STAGGERED = Body(
     staggered.apply_staggered,
     _update_staggered,
     _describe_staggered,
+)
+INITIAL = Body(
+    initial.init_initial,
+    initial.init_memory,
+    initial.apply_initial,
+    lambda config, state, aux, key: state,
+    lambda config, state: {},
+    picks_outputs=True,
 )

@@ -11,6 +11,7 @@ from longctx_jax.models.config_checks import (
     require_positive,
     require_probability,
 )
+from longctx_jax.models.inattention_config import InAttentionConfig
 from longctx_jax.models.mixer_configs import (
     MIXER_CONFIGS,
     DecayConfig,
@@ -71,6 +72,7 @@ class ModelConfig:
     mamba: MambaConfig = MambaConfig()
     memory: MemoryConfig = MemoryConfig()
     stagformer: StagFormerConfig = StagFormerConfig()
+    inattention: InAttentionConfig = InAttentionConfig()
 
     def __post_init__(self):
         require_integers(self)
@@ -207,7 +209,12 @@ def model_config(fields: Any) -> ModelConfig:
     Raises:
         ValueError: if a field is unknown or has an impossible value.
     """
-    nested = {**MIXER_CONFIGS, "memory": MemoryConfig, "stagformer": StagFormerConfig}
+    nested = {
+        **MIXER_CONFIGS,
+        "memory": MemoryConfig,
+        "stagformer": StagFormerConfig,
+        "inattention": InAttentionConfig,
+    }
     if isinstance(fields, ModelConfig):
         return fields
     values = {}

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from longctx_jax.models import decay, recurrent_memory, stagformer, transformer, transformer_vq
+from longctx_jax.models import (
+    decay,
+    inattention,
+    recurrent_memory,
+    stagformer,
+    transformer,
+    transformer_vq,
+)
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import model_config
 from longctx_jax.models.config_checks import require_one_of
@@ -13,6 +20,7 @@ MODELS = {
     "decay": decay.build,
     "recurrent_memory": recurrent_memory.build,
     "stagformer": stagformer.build,
+    "inattention": inattention.build,
 }
 
 

@@ -8,7 +8,7 @@ from longctx_jax.nn.contract import Aux, Documents, no_aux
 from longctx_jax.nn.kv_cache import KVCache, cached_attention, init_kv_cache
 from longctx_jax.nn.mlp import dense
 from longctx_jax.nn.norms import RMSNorm
-from longctx_jax.ops.position import rotate
+from longctx_jax.ops.position import DistanceBias, rotate
 
 N_RELATIVE_BUCKETS = 32
 POSITIONS = ("rotary", "relative", "none")
@@ -63,7 +63,8 @@ class SoftmaxAttention(nn.Module):
         bias = None
         if self.position == "relative":
             shape = (self.n_heads, N_RELATIVE_BUCKETS)
-            bias = self.param("relative_bias", nn.initializers.zeros, shape, jnp.float32)
+            table = self.param("relative_bias", nn.initializers.zeros, shape, jnp.float32)
+            bias = DistanceBias(table)
 
         out, cache = cached_attention(
             query,

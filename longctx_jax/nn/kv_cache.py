@@ -20,6 +20,7 @@ from longctx_jax.ops.attention import (
     empty_partial,
     merge_partial_attention,
 )
+from longctx_jax.ops.position import DistanceBias
 
 
 @flax.struct.dataclass
@@ -75,7 +76,7 @@ def cached_attention(
     documents: Documents | None,
     *,
     window_len: int,
-    relative_bias: jax.Array | None,
+    relative_bias: DistanceBias | None,
     implementation: str,
 ) -> tuple[jax.Array, KVCache | None]:
     """Attends over the cached and the new tokens, and appends the new ones.
@@ -150,7 +151,7 @@ def attend_ring(
     cache: KVCache,
     positions: jax.Array,
     documents: jax.Array,
-    relative_bias: jax.Array | None,
+    relative_bias: DistanceBias | None,
     scale: float | None = None,
 ) -> Partial:
     """Attends over what the ring holds.

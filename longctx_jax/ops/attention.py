@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.ops.dispatch import Implementation, choose, platform
-from longctx_jax.ops.position import relative_bucket
+from longctx_jax.ops.position import DistanceBias, distance_bias
 from longctx_jax.typing import Array, Float, Int
 
-RELATIVE_MAX_DISTANCE = 1024  # tokens; farther keys share the last bucket of the relative bias
 KEY_BLOCK_LEN = 512  # keys a step of the blockwise form
 MIN_BAND_LEN = 64  # tokens a tile of the banded form, at least
 DENSE_MAX_SCORES = 2**22  # query_len * key_len above which "auto" leaves the dense form
@@ -67,7 +66,7 @@ def attention(
     *,
     segment_ids: Int[Array, "#batch seq"] | None = None,
     window_len: int = 0,
-    relative_bias: Float[Array, "heads buckets"] | None = None,
+    relative_bias: DistanceBias | None = None,
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch seq heads value"]:
@@ -79,7 +78,7 @@ def attention(
         value: of the same tokens.
         segment_ids: document of each token; tokens see their own document only.
         window_len: keys a query sees, its own included; 0 = all.
-        relative_bias: added to the scores by bucket of the distance (`relative_bucket`).
+        relative_bias: added to the scores by distance.
         scale: of the scores; None = 1/sqrt(key width).
         implementation: "auto", "dense", "banded" (needs a window), "blockwise", "cudnn".
 
@@ -115,7 +114,7 @@ def attention_partial(
     is_aligned: bool = False,
     needs_normalizer: bool = True,
     window_len: int = 0,
-    relative_bias: Float[Array, "heads buckets"] | None = None,
+    relative_bias: DistanceBias | None = None,
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Partial:
@@ -215,8 +214,8 @@ def _scores(query, key, where, window_len, relative_bias, scale):
     )
     if relative_bias is not None:
         distance = where.query_positions[:, :, None] - where.key_positions[:, None, :]
-        bucket = relative_bucket(distance, relative_bias.shape[1], RELATIVE_MAX_DISTANCE)
-        bias = jnp.moveaxis(relative_bias[:, bucket], 0, 1)  # [batch or 1, heads, seq, keys]
+        bias = distance_bias(relative_bias, distance)
+        bias = jnp.moveaxis(bias, 0, 1)  # [batch or 1, heads, seq, keys]
         scores += bias.reshape(bias.shape[0], n_kv_heads, -1, *bias.shape[2:])
     visible = is_visible(where, window_len)
     return jnp.where(visible[:, None, None], scores, -jnp.inf)

@@ -7,7 +7,9 @@ would lose 0.3 rad at position 5e6. Not here: learned absolute tables (they boun
 """
 
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -70,10 +72,13 @@ def rotate(
 
 
 def sinusoid(
-    positions: Int[Array, "batch seq"], width: int, theta: float = 10_000.0
+    positions: Int[Array, "batch seq"],
+    width: int,
+    theta: float = 10_000.0,
+    dtype: DType = jnp.float32,
 ) -> Float[Array, "batch seq model"]:
-    """Returns [sin(angles), cos(angles)], float32; each half has width/2 frequencies."""
-    angles = position_angles(positions, rotary_frequencies(width, theta))
+    """Returns [sin(angles), cos(angles)] in dtype; each half has width/2 frequencies."""
+    angles = position_angles(positions, rotary_frequencies(width, theta), dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -91,6 +96,46 @@ def relative_bucket(
     scale = (n_buckets - exact) / math.log(max_distance / exact)
     logarithmic = exact + (jnp.log(ratio) * scale).astype(jnp.int32)
     return jnp.where(distance < exact, distance, jnp.minimum(logarithmic, n_buckets - 1))
+
+
+class DistanceBias(NamedTuple):
+    """What is added to a score by the distance query - key >= 0; parts that are None add nothing.
+
+    Source: Raffel et al. (2020) for buckets, Press et al. (2022), arXiv 2108.12409 for slopes.
+    """
+
+    table: jax.Array | None = None  # [heads, buckets], added by bucket
+    # tokens; farther keys share the last bucket (`relative_bucket`). 0: a bucket is one token, and
+    # beyond the last one nothing is added
+    max_distance: int = 1024
+    slopes: jax.Array | None = None  # [heads], times the distance is subtracted
+
+
+def distance_bias(
+    bias: DistanceBias, distance: Int[Array, "*shape"]
+) -> Float[Array, "heads *shape"]:
+    """Returns the bias of every head at these distances; negative ones count as 0."""
+    distance = jnp.maximum(distance, 0)
+    total = jnp.zeros((), jnp.float32)
+    if bias.table is not None:
+        n_buckets = bias.table.shape[1]
+        if bias.max_distance:
+            total = bias.table[:, relative_bucket(distance, n_buckets, bias.max_distance)]
+        else:
+            near = bias.table[:, jnp.minimum(distance, n_buckets - 1)]
+            total = jnp.where(distance < n_buckets, near, 0.0)
+    if bias.slopes is not None:
+        slopes = bias.slopes.reshape(-1, *[1] * distance.ndim)
+        total = total - slopes * distance.astype(slopes.dtype)
+    return total
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """Returns 2^(-8 (h + 1) / n_heads) of the heads h, float64.
+
+    Source: Press et al. (2022), arXiv 2108.12409; theirs for powers of two.
+    """
+    return 2.0 ** (-8.0 * np.arange(1, n_heads + 1) / n_heads)
 
 
 def relative_shift(

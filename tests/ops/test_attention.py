@@ -82,7 +82,7 @@ def loop_bucket(distance, n_buckets):
     exact = n_buckets // 2
     if distance < exact:
         return distance
-    share = math.log(distance / exact) / math.log(ops.RELATIVE_MAX_DISTANCE / exact)
+    share = math.log(distance / exact) / math.log(DistanceBias().max_distance / exact)
     return min(exact + int(share * (n_buckets - exact)), n_buckets - 1)
 
 
@@ -124,7 +124,7 @@ def make_function(form, segments, window_len):
                 Keys(positions, positions, ids, ids),
                 is_aligned=True,
                 window_len=window_len,
-                relative_bias=bias,
+                relative_bias=None if bias is None else DistanceBias(bias),
                 implementation=form,
             )
         )
@@ -201,6 +201,7 @@ def test_bfloat16_inputs(form):
 def test_front_door(form):
     arrays, segments, window_len, _ = make_inputs("window")
     q, k, v, bias = jax.tree.map(jnp.float32, arrays)
+    bias = DistanceBias(bias)
     run = functools.partial(attention, window_len=window_len, relative_bias=bias)
     run = jax.jit(functools.partial(run, segment_ids=jnp.asarray(segments), implementation=form))
     assert_close(run(q, k, v), expected_of("window")[0][0], rel_rms=TOLERANCE)

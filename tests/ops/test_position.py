@@ -103,6 +103,18 @@ def test_relative_bucket(n_buckets, max_distance):
     assert np.array_equal(bucket[large][off_edge], np.floor(real)[off_edge])
 
 
+def test_distance_bias():
+    table, distance = np.arange(12.0).reshape(2, 6), jnp.array([[-1, 0, 4, 5, 6, 90]])
+    slopes = jnp.asarray(alibi_slopes(2), jnp.float32)
+    near = distance_bias(DistanceBias(jnp.asarray(table), 0), distance)
+    assert np.array_equal(near[1, 0], [6, 6, 10, 11, 0, 0])  # beyond the table: nothing
+    bucketed = distance_bias(DistanceBias(jnp.asarray(table), 10), distance)
+    assert np.array_equal(bucketed[0, 0], table[0][np.asarray(relative_bucket(distance[0], 6, 10))])
+    both = distance_bias(DistanceBias(jnp.asarray(table), 0, slopes), distance)
+    assert_close(both - near, -slopes[:, None, None] * np.maximum(distance, 0), rel_rms=1e-6)
+    assert_close(alibi_slopes(8), 2.0 ** -np.arange(1.0, 9.0), rel_rms=1e-15)
+
+
 @pytest.mark.parametrize(("seq", "offsets"), [(1, 1), (1, 4), (3, 3), (3, 8)])
 def test_relative_shift(seq, offsets):
     scores = make_normal(0, 2, seq, offsets)

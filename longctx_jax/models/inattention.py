@@ -1,0 +1,28 @@
+"""InAttention: every layer attends to the initial embeddings of the tokens.
+
+Source: Eisner (2024), arXiv 2410.07063. What the paper's abstract leaves open (positions, own
+projections, normalisation) is config.model.inattention.
+"""
+
+from longctx_jax.models.base import Decoder
+from longctx_jax.models.config import ModelConfig
+
+
+def build(config: ModelConfig) -> Decoder:
+    """Returns the decoder.
+
+    Raises:
+        ValueError: if fields contradict.
+    """
+    config = config.with_pattern(("inattention",), ("inattention",))
+    if config.mlp == "rwkv":
+        raise ValueError(
+            "config.model.mlp='rwkv' reads what the token before became, and inattention keeps no "
+            "such thing: got mlp='rwkv'; use swiglu, gelu or relu2"
+        )
+    if config.schedule != "layerwise":
+        raise ValueError(
+            "config.model.schedule must be 'layerwise' with inattention, whose layers have no "
+            f"order among segments to choose: got {config.schedule!r}; leave it"
+        )
+    return Decoder(config)

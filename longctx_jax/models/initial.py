@@ -1,0 +1,453 @@
+"""The body of InAttention: one memory of the embeddings, and layers that only read it.
+
+    x0_j = E[token_j] (+ a P[j])        j counted from the start of the document
+    m_j  = x0_j / rms(x0_j) (W_down)    the memory, once for all layers
+    h <- x0;   per layer:  h += attention(norm h, m);  h += MLP(norm h)
+
+Tokens whose output nobody wants enter the memory and pass through no layer: a prompt costs its
+look-up and one token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.stack import call_module, layer_names, output_scale, rematerialize
+from longctx_jax.nn.blocks import Block
+from longctx_jax.nn.contract import Documents
+from longctx_jax.nn.initial_attention import (
+    InitialAttention,
+    SharedProjections,
+    Sight,
+)
+from longctx_jax.nn.initial_memory import (
+    Counts,
+    IdRing,
+    KeyMemory,
+    Memory,
+    RowRing,
+    extend_counts,
+    extend_ids,
+    extend_rows,
+    id_dtype,
+    init_place,
+    walk,
+)
+from longctx_jax.nn.kv_cache import KVCache, extend, init_kv_cache
+from longctx_jax.nn.mlp import Kernel
+from longctx_jax.nn.norms import RMSNorm
+from longctx_jax.ops.dispatch import Implementation, choose
+from longctx_jax.ops.position import alibi_slopes, rotate, sinusoid
+from longctx_jax.typing import PRNGKey, PyTree
+
+OUTPUTS = ("all", "last", "none")
+
+
+class Source(NamedTuple):
+    """What the embeddings come from."""
+
+    tokens: jax.Array  # int32 [batch, seq]
+    embed: Callable[[jax.Array], jax.Array]  # ids -> embeddings
+
+
+class Wanted(NamedTuple):
+    """Which tokens of a call go through the layers."""
+
+    outputs: str = "all"  # one of OUTPUTS
+    at: jax.Array | None = None  # int32 [n], increasing; None = as `outputs` says
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What the choice of a cache may depend on."""
+
+    config: ModelConfig
+    max_len: int
+
+    @property
+    def row_len(self) -> int:
+        return d_memory(self.config) + d_rotary(self.config)
+
+    def why_not(self, cache: str) -> str:
+        return self.config.inattention.why_not(cache)
+
+
+def _many_types(facts: _Facts) -> str:
+    config, near = facts.config, facts.config.inattention.n_exact
+    if config.vocab_size + near <= max(facts.max_len, 1024):
+        return ""
+    return f"a histogram of {config.vocab_size} ids, and {near} tokens, outweighs the context"
+
+
+def _made_anew(facts: _Facts) -> str:
+    inattention = facts.config.inattention
+    if inattention.memory_position != "none" or inattention.score_position == "decoupled":
+        return "every step would make all rows anew, in every layer"
+    if facts.config.vocab_size > facts.max_len:
+        return "tables by id are longer than the context"
+    return ""
+
+
+def _wider_than_keys(facts: _Facts) -> str:
+    config = facts.config
+    n_caches = 1 if config.inattention.share_projections else config.n_layers
+    keys = n_caches * config.n_kv_heads * (config.d_key + config.d_value)
+    if facts.row_len < keys:
+        return ""
+    return f"its rows have {facts.row_len} numbers, all keys and values of a token {keys}"
+
+
+CACHES = (  # smallest first
+    Implementation("counts", print, lambda facts: facts.why_not("counts"), _many_types),
+    Implementation("ids", print, lambda facts: facts.why_not("ids"), _made_anew),
+    Implementation("embedding", print, lambda facts: facts.why_not("embedding"), _wider_than_keys),
+    Implementation("kv", print),
+)
+
+
+def choose_cache(config: ModelConfig, max_len: int) -> str:
+    """Returns the kind of cache for contexts of max_len tokens; "auto" says once why."""
+    facts = _Facts(config, max_len)
+    return choose("inattention.cache", CACHES, config.inattention.cache, facts).name
+
+
+def d_memory(config: ModelConfig) -> int:
+    """Returns the width of the memory's rows, without rotary numbers."""
+    return config.inattention.d_memory or config.d_model
+
+
+def d_rotary(config: ModelConfig) -> int:
+    """Returns how many rotary numbers a row has."""
+    return config.inattention.d_rotary if config.inattention.score_position == "decoupled" else 0
+
+
+def make_block(config: ModelConfig) -> Block:
+    """Returns the block of every layer."""
+    c = config.inattention
+    mixer = InitialAttention(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        d_key=config.d_key,
+        d_value=config.d_value,
+        d_memory=d_memory(config),
+        score_position=c.score_position,
+        n_exact=c.n_exact,
+        max_distance=c.max_distance,
+        d_rotary=c.d_rotary,
+        rope_theta=c.rope_theta,
+        shares_projections=c.share_projections,
+        implementation=c.implementation,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+    return Block(
+        mixer=mixer,
+        mlp=config.mlp,
+        d_ff=config.d_ff,
+        norm=config.norm,
+        dropout=config.dropout,
+        layer_drop=config.layer_drop,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+    )
+
+
+class RowMaker(nn.Module):
+    """Embeddings into the layers' input and the memory's rows.
+
+    Attributes:
+        position_gain: what the sinusoids are multiplied by at first; 0 = there are none.
+        d_memory: width of the rows; that of the embedding = as it is.
+        d_rotary: numbers appended to each, rotated by position.
+    """
+
+    position_gain: float
+    d_memory: int
+    d_rotary: int
+    rope_theta: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, places: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns x0 and rows of embeddings [batch, seq, d_model].
+
+        Args:
+            x: embeddings.
+            positions: in the stream, int32 [batch, seq].
+            places: in their documents, likewise.
+        """
+        if self.position_gain:
+            start = nn.initializers.constant(self.position_gain)
+            gain = self.param("position_gain", start, (), jnp.float32)
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            waves = sinusoid(places, x.shape[-1], self.rope_theta, wide)
+            x = (x + gain * waves).astype(x.dtype)
+        memory = RMSNorm(self.dtype, use_scale=False)(x)
+        rows = memory
+        if self.d_memory != x.shape[-1]:
+            rows = memory @ Kernel(self.d_memory, self.dtype, name="down")(x.shape[-1])
+        if self.d_rotary:
+            turned = memory @ Kernel(self.d_rotary, self.dtype, name="rotary")(x.shape[-1])
+            turned = rotate(turned[:, :, None], positions, self.rope_theta)[:, :, 0]
+            rows = jnp.concatenate([rows, turned], axis=-1)
+        return x, rows
+
+
+def make_row_maker(config: ModelConfig) -> RowMaker:
+    """Returns the module; sinusoids start as large as embeddings."""
+    c = config.inattention
+    unit = config.d_model**-0.5 if config.tie_embeddings else 1.0
+    return RowMaker(
+        position_gain=unit if c.memory_position == "sinusoid" else 0.0,
+        d_memory=d_memory(config),
+        d_rotary=d_rotary(config),
+        rope_theta=c.rope_theta,
+        dtype=config.dtype,
+    )
+
+
+def make_shared(config: ModelConfig) -> SharedProjections:
+    """Returns the projections of all layers, for models that share them."""
+    return SharedProjections(config.n_kv_heads, config.d_key, config.d_value, config.dtype)
+
+
+def init_initial(config: ModelConfig, key: PRNGKey) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Returns parameters: "stack" stacked by layer, "initial" of the memory; there is no state."""
+    example = jnp.zeros((1, 1, config.d_model), config.dtype)
+    zero = jnp.zeros((1, 1), jnp.int32)
+    row_key, shared_key, stack_key = jax.random.split(key, 3)
+    maker = make_row_maker(config)
+    rows, variables = maker.init_with_output(row_key, example, zero, zero)
+    initial = {"rows": variables.get("params", {})}
+    shared = None
+    if config.inattention.share_projections:
+        shared, variables = make_shared(config).init_with_output(shared_key, d_memory(config))
+        initial["shared"] = variables["params"]
+    sight = Sight(rows[1], zero, zero, None, None, None, None, None, shared, None, None)
+    block = make_block(config)
+
+    def init(layer):
+        return block.init(jax.random.fold_in(stack_key, layer), example, sight)["params"]
+
+    stack = jax.vmap(init)(jnp.arange(config.n_layers))
+    (name,) = layer_names(config)
+    return {"stack": {name: stack}, "initial": initial}, {}
+
+
+def init_memory(config: ModelConfig, batch_size: int, max_len: int) -> tuple[Any, Memory]:
+    """Returns what is remembered before the first token: caches of the layers, and the memory."""
+    kind, place = choose_cache(config, max_len), init_place(batch_size)
+    if kind == "kv":
+        width = config.d_key + d_rotary(config)
+        sizes = (batch_size, max_len, config.n_kv_heads, width, config.d_value)
+        cache = init_kv_cache(*sizes, config.dtype)
+        if config.inattention.share_projections:
+            return (), KeyMemory(cache, place)
+        n = config.n_layers
+        layers = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), cache)
+        return layers, KeyMemory(None, place)
+    ids = id_dtype(config.vocab_size)
+    if kind == "embedding":
+        width = d_memory(config) + d_rotary(config)
+        return (), RowRing(jnp.zeros((batch_size, max_len, width), config.dtype), place)
+    if kind == "ids":
+        return (), IdRing(jnp.zeros((batch_size, max_len), ids), place)
+    position = config.inattention.score_position
+    window = config.inattention.n_exact if position == "near" else 0
+    n_rows = config.n_heads if position == "alibi" else 1
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    counts = jnp.zeros((batch_size, n_rows, config.vocab_size), wide)
+    return (), Counts(jnp.zeros((batch_size, window), ids), counts, place)
+
+
+def apply_initial(
+    config: ModelConfig,
+    params: dict[str, PyTree],
+    state: dict[str, PyTree],
+    x: jax.Array,
+    documents: Documents | None,
+    caches: tuple[Any, Memory] | None,
+    *,
+    norm: Callable[[jax.Array], jax.Array],
+    key: PRNGKey | None,
+    train: bool,
+    source: Source,
+    wanted: Wanted,
+) -> tuple[jax.Array, tuple[Any, Memory] | None, tuple[Any, ...]]:
+    """Takes the embeddings [batch, seq, d_model] in and runs the wanted tokens; they are normed.
+
+    With config.model.segment_len a call goes on segment by segment, each with the memory of those
+    before: time and memory of counts are then linear in the length of the call.
+
+    Args:
+        params: as made by `init_initial`.
+        state: there is none.
+        x: embeddings.
+        documents: of the tokens.
+        caches: None = nothing came before, and nothing is wanted back.
+        norm: after the last layer.
+        key: of dropout.
+        train: drop out.
+        source: of the embeddings.
+        wanted: tokens to run; with caches or segments `at` is picked afterwards.
+    """
+    del state
+    batch, seq = source.tokens.shape
+    segment_len = config.segment_len
+    if wanted.outputs != "all" or not segment_len or seq <= segment_len:
+        run = _Run(config, params, norm, train, source.embed)
+        y, caches, aux = run(x, source.tokens, documents, caches, key, wanted)
+        return y, caches, aux
+
+    is_kept = caches is not None
+    if caches is None:
+        caches = init_memory(config, batch, seq)
+    if documents is None:
+        documents = Documents(jnp.zeros((batch, seq), jnp.int32), None)
+    run = _Run(config, params, norm, train, source.embed)
+    n_full = seq // segment_len
+
+    def cut(leaf):
+        leaf = leaf[:, : n_full * segment_len].reshape(batch, n_full, segment_len, *leaf.shape[2:])
+        return jnp.moveaxis(leaf, 1, 0)
+
+    def segment(caches, inputs):
+        index, (x, tokens, documents) = inputs
+        own_key = None if key is None else jax.random.fold_in(key, index)
+        y, caches, aux = run(x, tokens, documents, caches, own_key, Wanted())
+        return caches, (y, aux)
+
+    stream = (x, source.tokens, documents)
+    inputs = (jnp.arange(n_full), jax.tree.map(cut, stream))
+    caches, (ys, aux) = jax.lax.scan(segment, caches, inputs)
+    y = jnp.moveaxis(ys, 0, 1).reshape(batch, n_full * segment_len, -1)
+    aux = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), aux)
+    if n_full * segment_len < seq:
+        tail = jax.tree.map(lambda leaf: leaf[:, n_full * segment_len :], stream)
+        caches, (last, last_aux) = segment(caches, (jnp.asarray(n_full), tail))
+        y = jnp.concatenate([y, last], axis=1)
+        aux = jax.tree.map(jnp.add, aux, last_aux)
+    if wanted.at is not None:
+        y = y[:, wanted.at]
+    return y, caches if is_kept else None, aux
+
+
+class _Run(NamedTuple):
+    """One call of a memory and its layers."""
+
+    config: ModelConfig
+    params: dict[str, PyTree]
+    norm: Callable[[jax.Array], jax.Array]
+    train: bool
+    embed: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, x, tokens, documents, caches, key, wanted: Wanted):
+        config, initial = self.config, self.params["initial"]
+        batch, seq = tokens.shape
+        layers, before = ((), None) if caches is None else caches
+        place = init_place(batch) if before is None else before.place
+        marks = documents or Documents(jnp.zeros((batch, seq), jnp.int32), None)
+        positions, starts, place = walk(place, marks, seq)
+        x0, rows = self._rows(x, positions, positions - starts)
+        shared = None
+        if config.inattention.share_projections:
+            shared = call_module(make_shared(config), initial["shared"], d_memory(config))
+
+        after = self._extended(before, rows, tokens, positions, documents, shared, place)
+        picked = slice(None)
+        if wanted.outputs != "all":
+            picked = slice(seq - 1, seq)
+        elif caches is None and wanted.at is not None:
+            picked = wanted.at
+        is_all = isinstance(picked, slice) and picked == slice(None)
+        own = documents is not None and documents.reset is not None
+        at = positions[:1] if caches is None else positions
+        sight = Sight(
+            rows=rows,
+            positions=at,
+            query_positions=at if is_all else at[:, picked],
+            query_documents=documents.index[:, picked] if own else None,
+            query_starts=starts[:, picked],
+            layer_cache=None,
+            before=before,
+            after=after,
+            shared=shared,
+            types=self._types(),
+            make_rows=self._remade,
+        )
+        if wanted.outputs == "none" and not layers:
+            y, aux = x0[:, :0], ()
+        else:
+            y, layers, aux = self._through(x0[:, picked], sight, documents, layers, key)
+            y = self.norm(y)
+        if wanted.outputs == "none":
+            y = y[:, :0]
+        elif caches is not None and wanted.at is not None:
+            y = y[:, wanted.at]
+        return y, None if caches is None else (layers, after), aux
+
+    def _rows(self, x, positions, places):
+        maker = make_row_maker(self.config)
+        return call_module(maker, self.params["initial"]["rows"], x, positions, places)
+
+    def _remade(self, ids, positions, start):
+        """Rows of ids at these positions of the document that began at `start`."""
+        places = jnp.maximum(positions - start[:, None], 0)
+        return self._rows(self.embed(ids), jnp.maximum(positions, 0), places)[1]
+
+    def _types(self):
+        """Rows of every id, if they depend on it alone."""
+        c = self.config.inattention
+        if c.memory_position != "none" or c.score_position == "decoupled":
+            return None
+        ids = jnp.arange(self.config.vocab_size)[None]
+        return self._rows(self.embed(ids), ids, ids)[1][0]
+
+    def _extended(self, before, rows, tokens, positions, documents, shared, place):
+        if before is None:
+            return None
+        if isinstance(before, RowRing):
+            return extend_rows(before, rows, place)
+        if isinstance(before, IdRing):
+            return extend_ids(before, tokens, place)
+        if isinstance(before, Counts):
+            slopes = None
+            if self.config.inattention.score_position == "alibi":
+                slopes = jnp.asarray(alibi_slopes(self.config.n_heads), before.counts.dtype)
+            return extend_counts(before, tokens, place, slopes)
+        if before.keys is None:
+            return KeyMemory(None, place)
+        mixer: Any = make_block(self.config).mixer
+        key, value = mixer.keys(shared, rows, positions)
+        return KeyMemory(extend(before.keys, key, value, documents.index), place)
+
+    def _through(self, x, sight: Sight, documents, layers, key):
+        """Runs tokens [batch, n, d_model] through the layers."""
+        block, (name,) = make_block(self.config), layer_names(self.config)
+
+        def cell(x, inputs):
+            index, params, cache = inputs
+            rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
+            seen = sight._replace(layer_cache=cache)
+            x, cache, aux = call_module(
+                block, params, x, seen, documents, train=self.train, rngs=rngs
+            )
+            return x, (cache, aux)
+
+        inputs = (
+            jnp.arange(self.config.n_layers),
+            self.params["stack"][name],
+            layers if isinstance(layers, KVCache) else None,
+        )
+        cell = rematerialize(self.config, cell)
+        x, (caches, aux) = jax.lax.scan(
+            cell, x, inputs, unroll=min(self.config.unroll, len(inputs[0]))
+        )
+        return x, layers if caches is None else caches, (aux,)

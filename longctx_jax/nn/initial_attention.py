@@ -1,0 +1,399 @@
+"""Attention of the hidden state to the initial embeddings of the tokens: InAttention.
+
+    k_j = (g * m_j) W_K,   v_j = (g * m_j) W_V       m_j: normed embedding of token j, of all layers
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(K) + bias(i - j)) v_j,   j <= i,   q_i = h_i W_Q
+
+No layer reads what another token became, so one memory serves all layers, and a token whose output
+nobody wants passes through none. Four exact ways to go on from a cache: keys and values a layer;
+the rows m, absorbed, (q W_K^T) . m; the ids they are made of; how often each id occurred.
+
+Source: Eisner (2024), arXiv 2410.07063, whose positions and normalisation are not public: these are
+ours. Absorption: Yan et al. (2021), arXiv 2105.04779. Rotary rows beside the content: DeepSeek-AI
+(2024), arXiv 2405.04434.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.nn.contract import Aux, Documents, no_aux, own_documents
+from longctx_jax.nn.initial_memory import Counts, IdRing, KeyMemory, RowRing, slot_positions
+from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend
+from longctx_jax.nn.mlp import Kernel, dense
+from longctx_jax.ops.attention import (
+    NEVER,
+    Keys,
+    Partial,
+    attention_partial,
+    empty_partial,
+    merge_partial_attention,
+)
+from longctx_jax.ops.position import DistanceBias, alibi_slopes, rotate
+from longctx_jax.ops.vocabulary import attend_counts, attend_ids
+
+# relative: a learned bias a distance, by buckets from n_exact on; near: nothing from there on;
+# alibi: fixed slopes; decoupled: rotary rows beside the content; rotary: as in a transformer
+SCORE_POSITIONS = ("relative", "near", "alibi", "decoupled", "rotary", "none")
+TILE_LEN = 4096  # ids whose rows exist at once
+
+
+class Projections(NamedTuple):
+    """W_K and W_V with the gain in them."""
+
+    key: jax.Array  # [d_memory, kv_heads, key]
+    value: jax.Array  # [d_memory, kv_heads, value]
+
+
+class Sight(NamedTuple):
+    """What the tokens of a call may attend to: what a block hands on in place of a cache."""
+
+    rows: jax.Array  # of the call's tokens, [batch, seq, d_memory + d_rotary]
+    positions: jax.Array  # of the same, in the stream, int32 [batch or 1, seq]
+    query_positions: jax.Array  # of the tokens in the layers, int32 [batch or 1, n]
+    query_documents: jax.Array | None  # of the same, int32 [batch or 1, n]
+    query_starts: jax.Array | None  # positions of their documents' first tokens, int32 [batch, n]
+    layer_cache: KVCache | None  # of this layer, before the call
+    before: Any  # memory of all layers before the call; None = nothing came before
+    after: Any  # the same after it
+    shared: Projections | None  # of all layers; None = each has its own
+    types: jax.Array | None  # rows of every id, [vocab, d_memory], where they depend on it alone
+    # (ids, positions, start of their document) -> rows, where rows depend on more
+    make_rows: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None
+
+
+def projections(
+    module: nn.Module, d_memory: int, n_kv_heads: int, d_key: int, d_value: int, dtype: str
+) -> Projections:
+    """Returns the parameters "gain", "key" and "value" of the (compact) module as kernels."""
+    gain = module.param("gain", nn.initializers.ones, (d_memory,), jnp.float32)
+    gain = gain[:, None, None].astype(dtype)
+    key = Kernel(n_kv_heads * d_key, dtype, name="key")(d_memory)
+    value = Kernel(n_kv_heads * d_value, dtype, name="value")(d_memory)
+    return Projections(
+        gain * key.reshape(d_memory, n_kv_heads, d_key),
+        gain * value.reshape(d_memory, n_kv_heads, d_value),
+    )
+
+
+class SharedProjections(nn.Module):
+    """Gain, W_K and W_V that all layers use."""
+
+    n_kv_heads: int
+    d_key: int
+    d_value: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, d_memory: int) -> Projections:
+        """Returns the kernels."""
+        return projections(self, d_memory, self.n_kv_heads, self.d_key, self.d_value, self.dtype)
+
+
+class InitialAttention(nn.Module):
+    """Projections, causal softmax attention to the memory, output projection.
+
+    Attributes:
+        n_kv_heads: n_heads = MHA, 1 = MQA, between = GQA; the memory's size does not depend on it.
+        d_memory: width of the memory's rows, without rotary ones.
+        score_position: one of SCORE_POSITIONS.
+        n_exact: relative, near: distances with a bias of their own.
+        max_distance: relative: farther tokens share a bias.
+        d_rotary: decoupled: numbers of a row that are rotated, shared by all heads and layers.
+        shares_projections: W_K and W_V come from outside.
+        output_scale: as in `SoftmaxAttention`.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    d_key: int
+    d_value: int
+    d_memory: int
+    score_position: str
+    n_exact: int
+    max_distance: int
+    d_rotary: int
+    rope_theta: float
+    shares_projections: bool
+    implementation: str
+    dtype: str
+    output_scale: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: Sight,
+        documents: Documents | None,
+        *,
+        layer: jax.Array | None = None,
+        train: bool,
+    ) -> tuple[jax.Array, KVCache | None, Aux]:
+        """Maps [batch, n, d_model] to the same, and this layer's cache to the one after the call.
+
+        Args:
+            x: normed, of the n tokens that are in the layers.
+            cache: what they may attend to.
+            documents: of all tokens of the call.
+            layer: not used.
+            train: not used.
+        """
+        del layer, train
+        sight = cache
+        query = dense(self.n_heads * self.d_key, self.dtype, "query")(x)
+        query = query.reshape(*x.shape[:2], self.n_heads, self.d_key)
+        turned = None
+        if self.score_position == "rotary":
+            query = rotate(query, sight.query_positions, self.rope_theta)
+        elif self.score_position == "decoupled":
+            turned = dense(self.n_heads * self.d_rotary, self.dtype, "rotary_query")(x)
+            turned = turned.reshape(*x.shape[:2], self.n_heads, self.d_rotary)
+            turned = rotate(turned, sight.query_positions, self.rope_theta)
+        kernels = sight.shared
+        if not self.shares_projections:
+            sizes = (self.n_kv_heads, self.d_key, self.d_value)
+            kernels = projections(self, self.d_memory, *sizes, self.dtype)
+        assert kernels is not None
+
+        parts = _Parts(query, turned, kernels, self._bias())
+        kept = None
+        if sight.after is None:
+            out = self._alone(parts, sight, documents)
+        elif isinstance(sight.after, KeyMemory):
+            out, kept = self._from_keys(parts, sight, documents)
+        elif x.shape[1] > 1:
+            out = self._from_window(parts, sight, documents)
+        elif isinstance(sight.after, RowRing):
+            out = self._from_rows(parts, sight)
+        elif isinstance(sight.after, IdRing):
+            out = self._from_ids(parts, sight)
+        else:
+            out = self._from_counts(parts, sight)
+        out = out.reshape(*x.shape[:2], -1)
+        return dense(x.shape[-1], self.dtype, "out", self.output_scale)(out), kept, no_aux()
+
+    def _bias(self) -> DistanceBias | None:
+        if self.score_position == "alibi":
+            return DistanceBias(slopes=jnp.asarray(alibi_slopes(self.n_heads), jnp.float32))
+        if self.score_position not in ("relative", "near"):
+            return None
+        is_near = self.score_position == "near"
+        shape = (self.n_heads, self.n_exact if is_near else 2 * self.n_exact)
+        table = self.param("relative_bias", nn.initializers.zeros, shape, jnp.float32)
+        return DistanceBias(table, 0 if is_near else self.max_distance)
+
+    @property
+    def _scale(self) -> float:
+        turned = self.d_rotary if self.score_position == "decoupled" else 0
+        return (self.d_key + turned) ** -0.5
+
+    def _alone(self, parts: "_Parts", sight: Sight, documents: Documents | None) -> jax.Array:
+        """Nothing came before: the tokens of the call, or some of them, attend to its rows."""
+        key, value = self.keys(parts.kernels, sight.rows, sight.positions)
+        segments = own_documents(documents)
+        where = Keys(sight.query_positions, sight.positions, sight.query_documents, segments)
+        return attention_partial(
+            parts.whole_query,
+            key,
+            value,
+            where,
+            is_aligned=sight.query_positions is sight.positions,
+            needs_normalizer=False,
+            relative_bias=parts.bias,
+            implementation=self.implementation,
+        ).out
+
+    def _from_keys(self, parts: "_Parts", sight: Sight, documents):
+        """A cache of keys and values: of the layer, or (shared projections) of all layers."""
+        own = sight.layer_cache
+        key, value = self.keys(parts.kernels, sight.rows, sight.positions)
+        if parts.query.shape[1] > 1:
+            past = sight.before.keys if own is None else own
+            out, kept = cached_attention(
+                parts.whole_query,
+                key,
+                value,
+                past,
+                documents,
+                window_len=0,
+                relative_bias=parts.bias,
+                implementation=self.implementation,
+            )
+            return out, None if own is None else kept
+        kept = None if own is None else extend(own, key, value, documents.index)
+        ring = sight.after.keys if kept is None else kept
+        at = sight.query_positions
+        out = attend_ring(parts.whole_query, ring, at, documents.index[:, -1:], parts.bias).out
+        return out, kept
+
+    def _from_window(self, parts: "_Parts", sight: Sight, documents) -> jax.Array:
+        """Several tokens attend to themselves and to what a memory of all layers holds."""
+        key, value = self.keys(parts.kernels, sight.rows, sight.positions)
+        past, query = sight.before, parts.whole_query
+        options = {"relative_bias": parts.bias, "implementation": self.implementation}
+        if not isinstance(past, Counts):
+            old = self._ring_of_keys(past, parts.kernels, sight, documents)
+            return cached_attention(query, key, value, old, documents, window_len=0, **options)[0]
+        segments = own_documents(documents)
+        where = Keys(sight.query_positions, sight.positions, segments, segments)
+        own = attention_partial(query, key, value, where, is_aligned=True, **options)
+        near, far = self._of_counts(past, parts, sight)
+        return _merge(own, near, far)
+
+    def _ring_of_keys(self, past: RowRing | IdRing, kernels, sight: Sight, documents) -> KVCache:
+        """Makes the keys and values of a whole ring."""
+        capacity = (past.rows if isinstance(past, RowRing) else past.ids).shape[1]
+        slots = slot_positions(past.place, capacity)
+        if isinstance(past, RowRing):
+            rows = past.rows
+        elif sight.types is not None:
+            rows = sight.types[past.ids]
+        else:
+            assert sight.make_rows is not None
+            rows = sight.make_rows(past.ids, slots, past.place.start)
+        key, value = self.keys(kernels, rows, slots)
+        newest = documents.index[:, :1]
+        if documents.reset is not None:
+            newest = newest - documents.reset[:, :1]
+        marks = jnp.broadcast_to(newest, slots.shape)
+        return KVCache(key, value, slots, marks, past.place.position)
+
+    def _from_rows(self, parts: "_Parts", sight: Sight) -> jax.Array:
+        """One token against the rows: <q, m W_K> = <q W_K^T, m>, (P m) W_V = P (m W_V)."""
+        ring = sight.after
+        slots = slot_positions(ring.place, ring.rows.shape[1])
+        found = self._attend_rows(self._absorbed(parts), ring.rows, slots, parts, sight)
+        return self._projected(found.out, parts.kernels)
+
+    def _from_ids(self, parts: "_Parts", sight: Sight) -> jax.Array:
+        """One token against ids: through tables by id, or tile by tile with rows made anew."""
+        ring = sight.after
+        capacity = ring.ids.shape[1]
+        slots = slot_positions(ring.place, capacity)
+        if sight.types is not None:
+            where = Keys(sight.query_positions, slots)
+            options = {"relative_bias": parts.bias, "scale": self._scale}
+            tables = parts.tables(sight.types)
+            ids = ring.ids.astype(jnp.int32)
+            return attend_ids(parts.query, *tables, ids, where, **options).out
+        tile = min(TILE_LEN, capacity)
+        padding = [(0, 0), (0, -capacity % tile)]
+        tiles = (jnp.pad(ring.ids, padding), jnp.pad(slots, padding, constant_values=NEVER))
+        tiles = tuple(jnp.moveaxis(x.reshape(x.shape[0], -1, tile), 1, 0) for x in tiles)
+        absorbed = self._absorbed(parts)
+
+        def add_tile(total, inputs):
+            ids, slots = inputs
+            assert sight.make_rows is not None
+            rows = sight.make_rows(ids, slots, ring.place.start)
+            found = self._attend_rows(absorbed, rows, slots, parts, sight)
+            wide = Partial(found.out.astype(total.out.dtype), found.log_normalizer)
+            return merge_partial_attention(total, wide), None
+
+        shape = (*absorbed.shape[:3], self.d_memory)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        start = Partial(jnp.zeros(shape, wide), jnp.full(shape[:3], -jnp.inf, wide))
+        found, _ = jax.lax.scan(add_tile, start, tiles)
+        return self._projected(found.out.astype(self.dtype), parts.kernels)
+
+    def _from_counts(self, parts: "_Parts", sight: Sight) -> jax.Array:
+        """One token against the newest ids, and all others as a histogram."""
+        near, far = self._of_counts(sight.after, parts, sight)
+        return _merge(near, far)
+
+    def _of_counts(self, memory: Counts, parts: "_Parts", sight: Sight) -> list[Partial]:
+        """Attention to the ring of ids and to the histogram, as they stand in `memory`."""
+        key_table, value_table = parts.tables(sight.types)
+        place, window = memory.place, memory.ids.shape[1]
+        reference = place.position[:, None] - 1  # that counts are as old as
+        is_seen = sight.query_starts == place.start[:, None]
+        offset = jnp.where(is_seen, 0.0, -jnp.inf)[:, None]
+        if parts.bias is not None and parts.bias.slopes is not None:
+            age = (sight.query_positions - reference)[:, None].astype(jnp.float32)
+            offset = offset - parts.bias.slopes[:, None] * age
+        far = attend_counts(
+            parts.query, key_table, value_table, memory.counts, offset, scale=self._scale
+        )
+        if not window:
+            return [empty_partial(far), far]
+        slots = slot_positions(place, window)
+        marks = jnp.broadcast_to(place.start[:, None], slots.shape)
+        where = Keys(sight.query_positions, slots, sight.query_starts, marks)
+        near = attention_partial(
+            parts.query, key_table[memory.ids], value_table[memory.ids], where,
+            relative_bias=parts.bias,
+        )  # fmt: skip
+        return [near, far]
+
+    def keys(self, kernels: Projections, rows: jax.Array, positions: jax.Array):
+        """Returns keys and values [batch, rows, kv_heads, ...] of rows at these positions."""
+        content = rows[..., : self.d_memory]
+        key = jnp.einsum("bsd,dgk->bsgk", content, kernels.key)
+        value = jnp.einsum("bsd,dgv->bsgv", content, kernels.value)
+        if self.score_position == "rotary":
+            key = rotate(key, jnp.maximum(positions, 0), self.rope_theta)
+        elif self.score_position == "decoupled":
+            turned = rows[:, :, None, self.d_memory :]
+            turned = jnp.broadcast_to(turned, (*key.shape[:3], turned.shape[-1]))
+            key = jnp.concatenate([key, turned], axis=-1)
+        return key, value
+
+    def _absorbed(self, parts: "_Parts") -> jax.Array:
+        """Returns queries that meet rows, [batch, seq, heads, d_memory + d_rotary]."""
+        batch, seq = parts.query.shape[:2]
+        grouped = parts.query.reshape(batch, seq, self.n_kv_heads, -1, self.d_key)
+        absorbed = jnp.einsum("btgrk,dgk->btgrd", grouped, parts.kernels.key)
+        absorbed = absorbed.reshape(batch, seq, self.n_heads, -1)
+        if parts.turned is None:
+            return absorbed
+        return jnp.concatenate([absorbed, parts.turned], axis=-1)
+
+    def _attend_rows(self, absorbed, rows, slots, parts: "_Parts", sight: Sight) -> Partial:
+        key = rows[:, :, None]
+        return attention_partial(
+            absorbed,
+            key,
+            key[..., : self.d_memory],
+            Keys(sight.query_positions, slots),
+            relative_bias=parts.bias,
+            scale=self._scale,
+        )
+
+    def _projected(self, found: jax.Array, kernels: Projections) -> jax.Array:
+        """Returns mixtures of rows [batch, seq, heads, d_memory] as mixtures of values."""
+        batch, seq = found.shape[:2]
+        found = found.reshape(batch, seq, self.n_kv_heads, -1, self.d_memory)
+        out = jnp.einsum("btgrd,dgv->btgrv", found, kernels.value)
+        return out.reshape(batch, seq, self.n_heads, self.d_value)
+
+
+class _Parts(NamedTuple):
+    """What a layer attends with."""
+
+    query: jax.Array  # [batch, n, heads, key]
+    turned: jax.Array | None  # rotary part of the query, [batch, n, heads, d_rotary]
+    kernels: Projections
+    bias: DistanceBias | None
+
+    @property
+    def whole_query(self) -> jax.Array:
+        """Both parts of the query, for keys that have both."""
+        if self.turned is None:
+            return self.query
+        return jnp.concatenate([self.query, self.turned], axis=-1)
+
+    def tables(self, types: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values of every id, [vocab, kv_heads, ...]."""
+        assert types is not None
+        return (
+            jnp.einsum("vd,dgk->vgk", types, self.kernels.key),
+            jnp.einsum("vd,dgk->vgk", types, self.kernels.value),
+        )
+
+
+def _merge(first: Partial, *others: Partial) -> jax.Array:
+    for other in others:
+        first = merge_partial_attention(first, other)
+    return first.out
