@@ -245,6 +245,9 @@ def train_config() -> ml_collections.ConfigDict:
     c.cache_len = 0  # tokens a full-attention cache keeps on a stream; 0 = data.seq_len
     c.n_microbatches = 1  # gradient accumulation within a step
     c.loss_chunk_len = 0  # tokens whose logits exist at once in the loss; 0 = all
+    # tokens a row whose loss counts, drawn anew each update; 0 = all. Only inattention computes
+    # less for it
+    c.loss_positions = 0
     c.ema_decay = 0.0  # exponential average of the weights, used by evaluation; 0 = off
     c.init_from = ""  # work directory whose weights start this run; "" = fresh
     c.checkpoint_every = 500  # steps; the last step is always saved

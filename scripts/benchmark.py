@@ -58,6 +58,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     from longctx_jax.benchmarking import (
         decay_suite,
         decode_suite,
+        initial_suite,
         memory_suite,
         stack_suite,
         suites,
@@ -101,6 +102,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         rows = {
             "mixers": functools.partial(decode_suite.decode_rows, config, limits),
             "stacks": functools.partial(stack_suite.stack_rows, limits, shapes),
+            "initial": functools.partial(initial_suite.initial_rows, limits, shapes),
         }
         return itertools.chain.from_iterable(rows[part]() for part in parts)
     if suite == "decay":

@@ -2,7 +2,7 @@
 
 Both functions are what `decoding.generate` runs, with greedy draws: the prompt in pieces of
 PREFILL_LEN tokens, then one compiled loop of one-token calls. A test compares tokens with generate.
-Not here: the part "stacks" (`stack_suite.py`).
+Not here: the parts "stacks" (`stack_suite.py`) and "initial" (`initial_suite.py`).
 """
 
 import functools
@@ -25,7 +25,7 @@ from longctx_jax.benchmarking.suites import (
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models.base import Decoder
 
-PARTS = ("mixers", "stacks")
+PARTS = ("mixers", "stacks", "initial")
 KINDS = ("softmax", "sliding", "decay")
 PREFILL_LEN = 512  # tokens a call, the default of generate
 CONTEXT_LENS = (256, 1024, 4096, 16384)
@@ -109,18 +109,15 @@ def loop_case(prefilled: Case, model: Decoder, n_new: int) -> Case:
 def prefill(model: Decoder, variables, tokens: jax.Array, cache):
     """Returns the logits [batch, vocab] after the last token, and the cache."""
     piece = min(PREFILL_LEN, tokens.shape[1])
-    n_full = tokens.shape[1] // piece
-    pieces = tokens[:, : n_full * piece].reshape(tokens.shape[0], n_full, piece)
+    n_before = (tokens.shape[1] - 1) // piece  # pieces whose outputs nobody wants
+    pieces = tokens[:, : n_before * piece].reshape(tokens.shape[0], n_before, piece)
 
     def step(cache, tokens):
-        out = model.hidden(variables, tokens, cache)
-        return out.cache, out.hidden[:, -1]
+        return model.hidden(variables, tokens, cache, outputs="none").cache, None
 
-    cache, last = jax.lax.scan(step, cache, jnp.moveaxis(pieces, 1, 0))
-    hidden = last[-1]
-    if tail := tokens.shape[1] - n_full * piece:
-        cache, hidden = step(cache, tokens[:, -tail:])
-    return (hidden @ model.unembedding(variables)).astype(jnp.float32), cache
+    cache, _ = jax.lax.scan(step, cache, jnp.moveaxis(pieces, 1, 0))
+    out = model.hidden(variables, tokens[:, n_before * piece :], cache, outputs="last")
+    return (out.hidden[:, 0] @ model.unembedding(variables)).astype(jnp.float32), out.cache
 
 
 def token_loop(model: Decoder, n_new: int, variables, logits: jax.Array, cache):

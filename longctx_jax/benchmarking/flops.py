@@ -59,10 +59,14 @@ def forward_flops_per_token(
             layer = rwkv_flops(config, seq_len)
         elif kind == "mamba":
             layer = mamba_flops(config, seq_len)
+        elif kind == "inattention":
+            layer = inattention_flops(config, _n_keys(seq_len, 0, **past))
         else:
             window = config.sliding.window_len if kind == "sliding" else 0
             layer = softmax_flops(config, _n_keys(seq_len, window, **past))
         total += n_repeats * layer
+    if config.name == "inattention":
+        total += row_flops(config)
     return total + 2 * config.d_model * config.vocab_size
 
 
@@ -142,6 +146,27 @@ def softmax_flops(config: ModelConfig, n_keys: float) -> float:
     inputs = heads * d_key + config.n_kv_heads * (d_key + d_value)
     projections = 2 * d * (inputs + heads * d_value)
     return projections + 2 * heads * n_keys * (d_key + d_value)
+
+
+def inattention_flops(config: ModelConfig, n_keys: float) -> float:
+    """Returns what a layer costs a token with the keys and values of all n_keys tokens at hand.
+
+    As `softmax_flops` with keys and values of d_memory numbers; rotary numbers beside the content
+    add 2 H r (d + n_keys). Decoding from rows, ids or counts does other work: docs/inattention.md.
+    """
+    c, d, heads = config.inattention, config.d_model, config.n_heads
+    turned = c.d_rotary if c.score_position == "decoupled" else 0
+    inputs = 2 * d * heads * (config.d_key + turned + config.d_value)
+    inputs += 2 * (c.d_memory or d) * config.n_kv_heads * (config.d_key + config.d_value)
+    return inputs + 2 * heads * n_keys * (config.d_key + turned + config.d_value)
+
+
+def row_flops(config: ModelConfig) -> float:
+    """Returns what a token's row of the initial memory costs: 2 d a number that is projected."""
+    c = config.inattention
+    turned = c.d_rotary if c.score_position == "decoupled" else 0
+    narrow = c.d_memory if c.d_memory not in (0, config.d_model) else 0
+    return 2 * config.d_model * (narrow + turned)
 
 
 def decay_flops(config: ModelConfig, seq_len: int) -> float:

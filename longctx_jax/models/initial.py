@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.stack import call_module, layer_names, output_scale, rematerialize
 from longctx_jax.nn.blocks import Block
-from longctx_jax.nn.contract import Documents
+from longctx_jax.nn.contract import Documents, own_documents
 from longctx_jax.nn.initial_attention import (
     InitialAttention,
     SharedProjections,
@@ -301,17 +301,15 @@ def apply_initial(
     del state
     batch, seq = source.tokens.shape
     segment_len = config.segment_len
+    run = _Run(config, params, norm, train, source.embed)
     if wanted.outputs != "all" or not segment_len or seq <= segment_len:
-        run = _Run(config, params, norm, train, source.embed)
-        y, caches, aux = run(x, source.tokens, documents, caches, key, wanted)
-        return y, caches, aux
+        return run(x, source.tokens, documents, caches, key, wanted)
 
     is_kept = caches is not None
     if caches is None:
         caches = init_memory(config, batch, seq)
     if documents is None:
         documents = Documents(jnp.zeros((batch, seq), jnp.int32), None)
-    run = _Run(config, params, norm, train, source.embed)
     n_full = seq // segment_len
 
     def cut(leaf):
@@ -348,7 +346,15 @@ class _Run(NamedTuple):
     train: bool
     embed: Callable[[jax.Array], jax.Array]
 
-    def __call__(self, x, tokens, documents, caches, key, wanted: Wanted):
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: jax.Array,
+        documents: Documents | None,
+        caches: tuple[Any, Memory] | None,
+        key: PRNGKey | None,
+        wanted: Wanted,
+    ) -> tuple[jax.Array, Any, tuple[Any, ...]]:
         config, initial = self.config, self.params["initial"]
         batch, seq = tokens.shape
         layers, before = ((), None) if caches is None else caches
@@ -367,13 +373,13 @@ class _Run(NamedTuple):
         elif caches is None and wanted.at is not None:
             picked = wanted.at
         is_all = isinstance(picked, slice) and picked == slice(None)
-        own = documents is not None and documents.reset is not None
+        segments = own_documents(documents)
         at = positions[:1] if caches is None else positions
         sight = Sight(
             rows=rows,
             positions=at,
             query_positions=at if is_all else at[:, picked],
-            query_documents=documents.index[:, picked] if own else None,
+            query_documents=None if segments is None else segments[:, picked],
             query_starts=starts[:, picked],
             layer_cache=None,
             before=before,

@@ -144,6 +144,7 @@ class _Run:
             self.tx,
             n_microbatches=config.train.n_microbatches,
             loss_chunk_len=config.train.loss_chunk_len,
+            loss_positions=config.train.loss_positions,
             ema_decay=config.train.ema_decay,
             cold_start_every=config.train.cold_start_every,
             cache_len=carried_cache_len(config),

@@ -128,6 +128,11 @@ def check_config(config: Any) -> None:
             raise ValueError(
                 f"config.train.{field} must be at least 1: got {config.train[field]}; set it higher"
             )
+    if config.train.loss_positions < 0:
+        raise ValueError(
+            "config.train.loss_positions must not be negative: got "
+            f"{config.train.loss_positions}; 0 is all tokens"
+        )
     if config.train.cold_start_every < 0:
         raise ValueError(
             "config.train.cold_start_every must not be negative: got "

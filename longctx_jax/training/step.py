@@ -8,7 +8,7 @@ gradient.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ def make_train_step(
     *,
     n_microbatches: int = 1,
     loss_chunk_len: int = 0,
+    loss_positions: int = 0,
     ema_decay: float = 0.0,
     cold_start_every: int = 0,
     cache_len: int = 0,
@@ -42,6 +43,8 @@ def make_train_step(
     Args:
         n_microbatches: pieces the rows of a batch are processed in, one after another.
         loss_chunk_len: tokens whose logits exist at once; 0 = all of a micro-batch.
+        loss_positions: tokens a row whose loss counts, drawn anew for each micro-batch and the same
+            in its rows; 0 = all. Models that pick outputs spare the others their layers.
         ema_decay: of the average of the weights, 0 = off.
         cold_start_every: updates between two at which a carried cache starts empty; 0 = it never
             does again.
@@ -53,6 +56,7 @@ def make_train_step(
         (nats a token), grad_norm, one entry an auxiliary loss, and one a model metric: a `Mean`,
         which may be of nothing.
     """
+    rules = _LossRules(loss_chunk_len, loss_positions)
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -63,7 +67,7 @@ def make_train_step(
 
         def gradients(batch, cache, index):
             micro_key = jax.random.fold_in(key, index)
-            return _gradients(model, loss_chunk_len, state, batch, cache, micro_key)
+            return _gradients(model, rules, state, batch, cache, micro_key)
 
         if n_microbatches == 1:
             cache, (grads, sums) = gradients(batch, cache, 0)
@@ -75,9 +79,16 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
+class _LossRules(NamedTuple):
+    """How much of a micro-batch's loss exists at once, and how much counts."""
+
+    chunk_len: int
+    n_positions: int
+
+
 def _loss_sum(
     model: Decoder,
-    loss_chunk_len: int,
+    rules: _LossRules,
     params: PyTree,
     model_state: PyTree,
     batch: Batch,
@@ -86,6 +97,13 @@ def _loss_sum(
 ) -> tuple[jax.Array, tuple[ModelCache | None, Sums]]:
     """Sum of losses over tokens, with everything that is not differentiated."""
     variables = {"params": params, "model_state": model_state}
+    targets, weights, at = batch["targets"], batch["weights"], None
+    if 0 < rules.n_positions < targets.shape[1]:
+        draw_key = jax.random.fold_in(key, STATE_KEY)
+        at = jax.random.choice(
+            draw_key, targets.shape[1], (rules.n_positions,), replace=False
+        ).sort()
+        targets, weights = targets[:, at], weights[:, at]
     out = model.hidden(
         variables,
         batch["tokens"],
@@ -94,29 +112,30 @@ def _loss_sum(
         weights=batch.get("model_weights", batch["weights"]),
         rngs={"dropout": key},
         train=True,
+        at=at,
     )
     nll = chunked_token_nll(
         out.hidden,
         model.unembedding(variables),
-        batch["targets"],
-        chunk_len=loss_chunk_len,
+        targets,
+        chunk_len=rules.chunk_len,
     )
-    nll = jnp.sum(nll * batch["weights"])
+    nll = jnp.sum(nll * weights)
     extra = sum((jnp.sum(loss) for loss in jax.tree.leaves(_losses(out.aux))), start=0.0)
-    tokens = jnp.sum(batch["weights"])
+    tokens = jnp.sum(weights)
     return nll + extra, (out.cache, {"nll": nll, "tokens": tokens, "aux": out.aux})
 
 
 def _gradients(
     model: Decoder,
-    loss_chunk_len: int,
+    rules: _LossRules,
     state: TrainState,
     batch: Batch,
     cache: ModelCache | None,
     key: PRNGKey,
 ) -> tuple[ModelCache | None, tuple[PyTree, Sums]]:
     """Returns (cache, (gradient of the sum of losses, sums)) of one micro-batch."""
-    loss_sum = functools.partial(_loss_sum, model, loss_chunk_len)
+    loss_sum = functools.partial(_loss_sum, model, rules)
     value = jax.value_and_grad(loss_sum, has_aux=True)
     (_, (cache, sums)), grads = value(state.params, state.model_state, batch, cache, key)
     return cache, (grads, sums)

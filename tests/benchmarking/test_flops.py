@@ -46,6 +46,15 @@ def dots_of(model, seq=SEQ):
         {"name": "stagformer", "n_kv_heads": 1},
         {"name": "stagformer", "stagformer": {"cross_window": 1, "share_weights": True}},
         {"name": "stagformer", "stagformer": {"handoff": "add"}},
+        {
+            "name": "inattention",
+            "inattention": {"memory_position": "none", "score_position": "alibi"},
+        },
+        {
+            "name": "inattention",
+            "n_kv_heads": 1,
+            "inattention": {"score_position": "decoupled", "d_rotary": 4, "d_memory": 6},
+        },
     ],
     ids=str,
 )

@@ -62,6 +62,7 @@ MODELS = {
         "mamba": {"d_state": 3, "head_len": 8, "n_groups": 2, "conv_len": 3, "chunk_len": 4},
     },
     "stagformer": {"name": "stagformer"},
+    "inattention": {"name": "inattention", "inattention": {"n_exact": 3, "max_distance": 8}},
     "mixed": {
         "pattern": ("decay", "decay", "sliding"),
         "n_layers": 3,

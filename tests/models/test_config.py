@@ -57,7 +57,7 @@ MISTAKES = [
     (
         {"name": "rnn"},
         "config.model.name must be one of ['transformer', 'transformer_vq', 'decay', "
-        "'recurrent_memory', 'stagformer']: got 'rnn'",
+        "'recurrent_memory', 'stagformer', 'inattention']: got 'rnn'",
     ),
     ({"pattern": ("decay", "conv")}, "config.model.pattern must be one of"),
     (
@@ -186,11 +186,12 @@ def n_params(c, heads_of_layers):
         else:
             query_and_out = c.n_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))
-            softmax = getattr(c, kind)
-            mixer += (
-                c.n_heads * 32 * (softmax.position == "relative") + 2 * c.d_key * softmax.qk_norm
-            )
+            if kind in ("softmax", "sliding"):
+                own = getattr(c, kind)
+                mixer += c.n_heads * 32 * (own.position == "relative") + 2 * c.d_key * own.qk_norm
         total += mixer + norm + (mlp + norm) * (c.mlp != "none")
+    if c.name == "inattention":  # a gain, buckets of distance; the sinusoids' gain
+        total += 1 + c.n_layers * (c.d_model + c.n_heads * 2 * c.inattention.n_exact)
     if c.name == "stagformer":  # a first slot and a norm a border, a cross-attention a layer above
         kv = c.n_kv_heads * (c.d_key + c.d_value)
         cross = norm + c.d_model * (c.n_heads * (c.d_key + c.d_value) + kv)

@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 from longctx_jax.ops import attention as ops
 from longctx_jax.ops import dispatch
 from longctx_jax.ops.attention import Keys, Partial, attention, attention_partial
+from longctx_jax.ops.position import DistanceBias
 from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
 
 BLOCK = 4  # tokens a block or tile in these tests

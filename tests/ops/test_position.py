@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from longctx_jax.ops.position import (
+    DistanceBias,
+    alibi_slopes,
+    distance_bias,
     position_angles,
     relative_bucket,
     relative_shift,

@@ -1,5 +1,6 @@
 """The update: micro-batches, the carried cache, averages, and the loss in chunks."""
 
+import itertools
 import math
 
 import jax
@@ -58,6 +59,28 @@ def test_pieces_do_not_change_the_update(options):
         assert_close(a, b, rel_rms=1e-5)
     assert metrics[1]["loss"] == pytest.approx(whole_metrics[1]["loss"], rel=1e-6)
     assert metrics[1]["grad_norm"] == pytest.approx(whole_metrics[1]["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["inattention", pytest.param("transformer", marks=pytest.mark.slow)]
+)
+def test_the_loss_of_some_positions(name):
+    """The same for all rows, drawn anew each update; a third of the tokens count."""
+    model, tx, state = start(name, cache_len=0, learning_rate=0.0)
+    variables = jax.tree.map(jnp.copy, state.variables)
+    _, metrics = run(model, tx, state, n=2, loss_positions=SEQ // 3)
+    for batch, m in zip(batches(2), metrics, strict=True):
+        nll = token_nll(
+            model.apply(variables, batch["tokens"]).logits, jnp.asarray(batch["targets"])
+        )
+        total, n = (
+            np.sum(np.asarray(nll) * batch["weights"], axis=0),
+            np.sum(batch["weights"], axis=0),
+        )
+        draws = itertools.combinations(range(SEQ), SEQ // 3)
+        means = [np.sum(total[list(at)]) / np.sum(n[list(at)]) for at in draws]
+        assert np.min(np.abs(np.asarray(means) - m["loss"])) < 1e-6 * m["loss"]
+    assert metrics[0]["loss"] != metrics[1]["loss"]
 
 
 @pytest.mark.parametrize("name", ["transformer", "decay"])
