@@ -58,6 +58,7 @@ MIDDLE_COLUMNS = (
     *("roofline_fraction", "tb_per_s", "max_error", "rel_rms_to_linear", "relative_error"),
 )
 MAX_COLUMNS = 5  # of panels
+N_COLORS = 10  # of the cycle; further lines have another marker
 LAST_COLUMNS = ("compile_s", "peak_bytes", "n_runs", "speed_ratio", "skipped")
 
 
@@ -173,10 +174,12 @@ def _train_panels(parts: Mapping[str, Rows]) -> list[tuple[str, Callable[[Axes],
 
 def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
     stacks = [row for row in rows if row.get("part") == "stacks"]
-    rows = [row for row in rows if row.get("part") != "stacks"]
-    loop = [row for row in rows if row["pass"] == "loop"]
-    prefill = [row for row in rows if row["pass"] == "prefill"]
-    panels: list[tuple[str, Callable[[Axes], None]]] = []
+    initial = [row for row in rows if row.get("part") == "initial"]
+    mixers = [row for row in rows if row.get("part") not in ("stacks", "initial")]
+    panels = _context_panels(mixers, "")
+    for shape in dict.fromkeys(row["shape"] for row in initial):
+        own = [row for row in initial if row["shape"] == shape]
+        panels += _context_panels(own, f"attention to embeddings, {shape}: ")
     fields = ("shape", "batch_size", "context_len")
     for case in sorted({tuple(row[name] for name in fields) for row in stacks}):
         own = [r for r in stacks if tuple(r[name] for name in fields) == case]
@@ -184,13 +187,24 @@ def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
             *case, own[0]["n_new_tokens"]
         )
         panels.append((title, functools.partial(_bars, rows=own)))
+    return panels
+
+
+def _context_panels(rows: Rows, prefix: str) -> list[tuple[str, Callable[[Axes], None]]]:
+    """Time a token, of prefill, and memory, by context."""
+    loop = [row for row in rows if row["pass"] == "loop"]
+    prefill = [row for row in rows if row["pass"] == "prefill"]
     if not loop:
-        return panels
+        return []
+    drawn = (
+        ("time a token", loop, "token_ms"),
+        ("time of prefill", prefill, "median_ms"),
+        ("memory of the cache", loop, "cache_bytes"),
+    )
     return [
-        ("time a token", lambda axes: _lines(axes, loop, "context_len", "token_ms")),
-        ("time of prefill", lambda axes: _lines(axes, prefill, "context_len", "median_ms")),
-        ("memory of the cache", lambda axes: _lines(axes, loop, "context_len", "cache_bytes")),
-        *panels,
+        (prefix + title, functools.partial(_lines, rows=own, x="context_len", y=y))
+        for title, own, y in drawn
+        if own
     ]
 
 
@@ -228,7 +242,8 @@ def _lines(axes: Axes, rows: Rows, x: str, y: str) -> None:
             chosen.sort(key=lambda r: r[x])
             label = kind if batch is None else f"{kind}, batch {batch}"
             points = [r[x] for r in chosen], [r[y] for r in chosen]
-            axes.plot(*points, marker="o", color=f"C{color}", linestyle=style, label=label)
+            marker = "o" if color < N_COLORS else "s"
+            axes.plot(*points, marker=marker, color=f"C{color}", linestyle=style, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_yscale("log")

@@ -178,6 +178,7 @@ def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> 
             "name": f"ratio stacks {name} / {baseline}",
             "variant": name,
             "baseline": baseline,
+            "pass": "loop",
             "context_len": context_len,
             "batch_size": batch_size,
             "speed_ratio": round(float(median), 4),
@@ -190,7 +191,7 @@ def summary_text(row: Row) -> str:
     """Returns a ratio row as one line; the saving is what the paper states as 33 %."""
     saving = 1 - 1 / row["speed_ratio"]
     return (
-        f"{row['variant']} against {row['baseline']}, batch {row['batch_size']}, "
+        f"{row['variant']} against {row['baseline']}, {row['pass']}, batch {row['batch_size']}, "
         f"{row['context_len']:,} tokens before: {row['speed_ratio']:.3f} times tokens/s (quartiles "
         f"{row['speed_ratio_quartile_1']:.3f} to {row['speed_ratio_quartile_3']:.3f}), "
         f"{100 * saving:.0f} % less time a token"
