@@ -170,7 +170,9 @@ def model_config() -> ml_collections.ConfigDict:
     # of decoding: kv (keys and values a layer) | embedding (rows, once) | ids | counts (how often
     # each id occurred) | auto (the smallest that costs no more work than it saves); all are exact
     c.inattention.cache = "auto"
-    c.inattention.implementation = "auto"  # of attention among a call's tokens: as softmax
+    # of attention among a call's tokens: as softmax; vq: with counts, by the op of vq attention (no
+    # gradient to old keys, so not in training)
+    c.inattention.implementation = "auto"
     return c
 
 

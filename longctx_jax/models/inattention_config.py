@@ -50,6 +50,14 @@ class InAttentionConfig:
                 f"distance has a bias of its own: got {self.max_distance} and {self.n_exact}; "
                 "raise it, or set score_position='near'"
             )
+        if self.implementation == "vq" and (
+            self.why_not("counts") or self.score_position != "near"
+        ):
+            raise ValueError(
+                "config.model.inattention.implementation='vq' takes ids for codes: got "
+                f"memory_position={self.memory_position!r}, score_position="
+                f"{self.score_position!r}; set 'none' and 'near', or implementation='auto'"
+            )
         if reason := self.why_not(self.cache):
             raise ValueError(
                 f"config.model.inattention.cache={self.cache!r} cannot be: {reason}; use another "

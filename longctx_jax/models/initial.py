@@ -230,7 +230,7 @@ def init_initial(config: ModelConfig, key: PRNGKey) -> tuple[dict[str, PyTree], 
     if config.inattention.share_projections:
         shared, variables = make_shared(config).init_with_output(shared_key, d_memory(config))
         initial["shared"] = variables["params"]
-    sight = Sight(rows[1], zero, zero, None, None, None, None, None, shared, None, None)
+    sight = Sight(rows[1], zero, zero, zero, None, None, None, None, None, shared, None, None)
     block = make_block(config)
 
     def init(layer):
@@ -377,6 +377,7 @@ class _Run(NamedTuple):
         at = positions[:1] if caches is None else positions
         sight = Sight(
             rows=rows,
+            ids=tokens,
             positions=at,
             query_positions=at if is_all else at[:, picked],
             query_documents=None if segments is None else segments[:, picked],

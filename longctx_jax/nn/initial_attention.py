@@ -31,8 +31,11 @@ from longctx_jax.ops.attention import (
     empty_partial,
     merge_partial_attention,
 )
+from longctx_jax.ops.dispatch import platform
 from longctx_jax.ops.position import DistanceBias, alibi_slopes, rotate
 from longctx_jax.ops.vocabulary import attend_counts, attend_ids
+from longctx_jax.ops.vq import VQState, vq_attention
+from longctx_jax.ops.vq.table import NO_DOCUMENT, Table
 
 # relative: a learned bias a distance, by buckets from n_exact on; near: nothing from there on;
 # alibi: fixed slopes; decoupled: rotary rows beside the content; rotary: as in a transformer
@@ -51,6 +54,7 @@ class Sight(NamedTuple):
     """What the tokens of a call may attend to: what a block hands on in place of a cache."""
 
     rows: jax.Array  # of the call's tokens, [batch, seq, d_memory + d_rotary]
+    ids: jax.Array  # of the same, int32 [batch, seq]
     positions: jax.Array  # of the same, in the stream, int32 [batch or 1, seq]
     query_positions: jax.Array  # of the tokens in the layers, int32 [batch or 1, n]
     query_documents: jax.Array | None  # of the same, int32 [batch or 1, n]
@@ -138,9 +142,9 @@ class InitialAttention(nn.Module):
             cache: what they may attend to.
             documents: of all tokens of the call.
             layer: not used.
-            train: not used.
+            train: rules out forms without all gradients.
         """
-        del layer, train
+        del layer
         sight = cache
         query = dense(self.n_heads * self.d_key, self.dtype, "query")(x)
         query = query.reshape(*x.shape[:2], self.n_heads, self.d_key)
@@ -164,7 +168,7 @@ class InitialAttention(nn.Module):
         elif isinstance(sight.after, KeyMemory):
             out, kept = self._from_keys(parts, sight, documents)
         elif x.shape[1] > 1:
-            out = self._from_window(parts, sight, documents)
+            out = self._from_window(parts, sight, documents, train)
         elif isinstance(sight.after, RowRing):
             out = self._from_rows(parts, sight)
         elif isinstance(sight.after, IdRing):
@@ -189,6 +193,11 @@ class InitialAttention(nn.Module):
         turned = self.d_rotary if self.score_position == "decoupled" else 0
         return (self.d_key + turned) ** -0.5
 
+    @property
+    def _own_form(self) -> str:
+        """The implementation of attention among the tokens of a call."""
+        return "auto" if self.implementation == "vq" else self.implementation
+
     def _alone(self, parts: "_Parts", sight: Sight, documents: Documents | None) -> jax.Array:
         """Nothing came before: the tokens of the call, or some of them, attend to its rows."""
         key, value = self.keys(parts.kernels, sight.rows, sight.positions)
@@ -202,7 +211,7 @@ class InitialAttention(nn.Module):
             is_aligned=sight.query_positions is sight.positions,
             needs_normalizer=False,
             relative_bias=parts.bias,
-            implementation=self.implementation,
+            implementation=self._own_form,
         ).out
 
     def _from_keys(self, parts: "_Parts", sight: Sight, documents):
@@ -219,7 +228,7 @@ class InitialAttention(nn.Module):
                 documents,
                 window_len=0,
                 relative_bias=parts.bias,
-                implementation=self.implementation,
+                implementation=self._own_form,
             )
             return out, None if own is None else kept
         kept = None if own is None else extend(own, key, value, documents.index)
@@ -228,11 +237,13 @@ class InitialAttention(nn.Module):
         out = attend_ring(parts.whole_query, ring, at, documents.index[:, -1:], parts.bias).out
         return out, kept
 
-    def _from_window(self, parts: "_Parts", sight: Sight, documents) -> jax.Array:
+    def _from_window(self, parts: "_Parts", sight: Sight, documents, train: bool) -> jax.Array:
         """Several tokens attend to themselves and to what a memory of all layers holds."""
+        if self._is_quantized(sight, train):
+            return self._quantized(parts, sight, documents)
         key, value = self.keys(parts.kernels, sight.rows, sight.positions)
         past, query = sight.before, parts.whole_query
-        options = {"relative_bias": parts.bias, "implementation": self.implementation}
+        options = {"relative_bias": parts.bias, "implementation": self._own_form}
         if not isinstance(past, Counts):
             old = self._ring_of_keys(past, parts.kernels, sight, documents)
             return cached_attention(query, key, value, old, documents, window_len=0, **options)[0]
@@ -241,6 +252,61 @@ class InitialAttention(nn.Module):
         own = attention_partial(query, key, value, where, is_aligned=True, **options)
         near, far = self._of_counts(past, parts, sight)
         return _merge(own, near, far)
+
+    def _is_quantized(self, sight: Sight, train: bool) -> bool:
+        """Whether to attend as if ids were codes: on a GPU, where that is one kernel.
+
+        Old keys would get no gradients, so it is not for training.
+        """
+        if not isinstance(sight.before, Counts) or self.score_position != "near" or train:
+            return False
+        n_tokens = sight.rows.shape[1]
+        worth_it = platform() == "gpu" and n_tokens >= 2 * self.n_exact
+        return self.implementation == "vq" or (self.implementation == "auto" and worth_it)
+
+    def _quantized(self, parts: "_Parts", sight: Sight, documents: Documents) -> jax.Array:
+        """Transformer-VQ's attention with the tables by id as codebook: nothing is rounded."""
+        past, window = sight.before, self.n_exact
+        key_table, value_table = parts.tables(sight.types)
+        slots = slot_positions(past.place, window)
+        marks = jnp.broadcast_to(_newest_document(documents), slots.shape)
+
+        def by_head(ids):
+            ids = ids.astype(jnp.int32)[..., None]
+            return jnp.broadcast_to(ids, (*ids.shape[:2], self.n_kv_heads))
+
+        values = jnp.moveaxis(value_table, 0, 1)[None]
+        counts = jnp.broadcast_to(past.counts, (len(slots), self.n_kv_heads, len(key_table)))
+        table = Table(
+            jnp.broadcast_to(values, (*counts.shape, self.d_value)).astype(past.counts.dtype),
+            counts.astype(jnp.int32),
+            jnp.where(jnp.sum(past.counts, axis=(1, 2)) > 0, marks[:, 0], NO_DOCUMENT),
+        )
+        state = VQState(
+            key=key_table[past.ids],
+            value=value_table[past.ids],
+            codes=by_head(past.ids),
+            documents=jnp.where(slots >= 0, marks, NO_DOCUMENT),
+            table=table,
+            position=past.place.position,
+        )
+        assert parts.bias is not None and parts.bias.table is not None
+        bias = jnp.broadcast_to(
+            parts.bias.table.astype(parts.query.dtype),
+            (*parts.query.shape[:2], *parts.bias.table.shape),
+        )
+        return vq_attention(
+            parts.query,
+            key_table[sight.ids],
+            value_table[sight.ids],
+            jnp.moveaxis(key_table, 0, 1),
+            state,
+            codes=by_head(sight.ids),
+            relative_bias=bias,
+            documents=documents.index,
+            window_len=window,
+            scale=self._scale,
+        ).out
 
     def _ring_of_keys(self, past: RowRing | IdRing, kernels, sight: Sight, documents) -> KVCache:
         """Makes the keys and values of a whole ring."""
@@ -254,10 +320,7 @@ class InitialAttention(nn.Module):
             assert sight.make_rows is not None
             rows = sight.make_rows(past.ids, slots, past.place.start)
         key, value = self.keys(kernels, rows, slots)
-        newest = documents.index[:, :1]
-        if documents.reset is not None:
-            newest = newest - documents.reset[:, :1]
-        marks = jnp.broadcast_to(newest, slots.shape)
+        marks = jnp.broadcast_to(_newest_document(documents), slots.shape)
         return KVCache(key, value, slots, marks, past.place.position)
 
     def _from_rows(self, parts: "_Parts", sight: Sight) -> jax.Array:
@@ -391,6 +454,13 @@ class _Parts(NamedTuple):
             jnp.einsum("vd,dgk->vgk", types, self.kernels.key),
             jnp.einsum("vd,dgk->vgk", types, self.kernels.value),
         )
+
+
+def _newest_document(documents: Documents) -> jax.Array:
+    """Returns the number of the document before the call's first token, int32 [batch, 1]."""
+    if documents.reset is None:
+        return documents.index[:, :1]
+    return documents.index[:, :1] - documents.reset[:, :1]
 
 
 def _merge(first: Partial, *others: Partial) -> jax.Array:

@@ -10,6 +10,7 @@ import pytest
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
 from longctx_jax.models import build_model, initial
+from longctx_jax.nn import initial_attention
 from tests.helpers import assert_close, assert_trees_close, make_normal
 
 BATCH, SEQ, WIDTH, HEADS, VOCAB = 2, 13, 8, 2, 11
@@ -208,6 +209,28 @@ def test_any_split_and_the_last_token_alone(name, cache):
     assert_trees_close(last.cache.carried, after.carried, rel_rms=1e-12)
 
 
+def test_ids_as_codes_of_vector_quantised_attention(monkeypatch):
+    """The same numbers from the op of Transformer-VQ, its table full of counts, over documents."""
+    calls, op = [], initial_attention.vq_attention
+
+    def counted(query, *rest, **options):
+        calls.append(query.shape[1])
+        return op(query, *rest, **options)
+
+    monkeypatch.setattr(initial_attention, "vq_attention", counted)
+    expected = definition("near")
+    with jax.enable_x64(True):
+        model, variables = make("near", "counts", options={"implementation": "vq"})
+        cache, start, logits = model.init_cache(BATCH, SEQ), 0, []
+        for length in (3, 5, 5):
+            piece = slice(start, start + length)
+            out = model.apply(variables, TOKENS[:, piece], cache, segment_ids=DOCUMENTS[:, piece])
+            cache, start = out.cache, start + length
+            logits.append(out.logits)
+    assert calls == [3, 5]  # once a traced length: layers are one loop
+    assert_close(np.concatenate(logits, axis=1), expected, rel_rms=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "cache"),
     [("near", "counts"), *(pytest.param(*case, marks=pytest.mark.slow)
@@ -354,6 +377,7 @@ def test_ragged_prompts_continue_as_alone():
         ({"cache": "ids", "score_position": "rotary"}, "turns keys after they are projected"),
         ({"max_distance": 3}, "max_distance must exceed n_exact"),
         ({"score_position": "decoupled", "d_rotary": 3}, "d_rotary must be even: got 3; use 4"),
+        ({"implementation": "vq"}, "implementation='vq' takes ids for codes"),
         ({"score_position": "rope"}, "config.model.inattention.score_position must be one of"),
     ],
 )

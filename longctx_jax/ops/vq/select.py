@@ -144,6 +144,7 @@ def vq_attention(
     codebook: Float[Array, "code_heads codes code_key"],
     state: VQState | None = None,
     *,
+    codes: Int[Array, "batch code_seq code_heads"] | None = None,
     relative_bias: Float[Array, "batch bias_seq bias_heads distances"] | None = None,
     documents: Int[Array, "batch document_seq"] | None = None,
     window_len: int = 0,
@@ -167,6 +168,7 @@ def vq_attention(
         value: its width may differ.
         codebook: codewords; constant here.
         state: what came before (`init_vq_state`, or that of an earlier call); None = nothing.
+        codes: of the keys, int32 [batch, seq, kv_heads], where they are known; None = searched.
         relative_bias: added to the scores of distances 0, 1, ..., window_len at most, by query.
         documents: which document each token belongs to, int32, >= 0 and not decreasing along the
             stream (state included); tokens see their own only. None = all continue the last one.
@@ -193,7 +195,7 @@ def vq_attention(
     """
     batch, seq, heads, d_key = query.shape
     window_len = window_len or (512 if state is None else state.window_len)
-    _require_shapes(query, key, value, codebook, state, relative_bias, window_len)
+    _require_shapes(query, key, value, codebook, state, codes, relative_bias, window_len)
     _require_documents(documents, (batch, seq))
     if reduction not in ("auto", *REDUCTIONS):
         raise ValueError(
@@ -207,7 +209,8 @@ def vq_attention(
             "config.model.vq.block_len"
         )
     block_len = block_len or choose_block_len(window_len)
-    codes, _ = nearest_code(key, codebook, implementation=search)
+    if codes is None:
+        codes, _ = nearest_code(key, codebook, implementation=search)
     quantized = quantize(key, codebook, codes)
     is_fresh = state is None
     if state is None:
@@ -299,11 +302,11 @@ def _require_documents(documents, shape: tuple[int, int]) -> None:
         )
 
 
-def _require_shapes(query, key, value, codebook, state, relative_bias, window_len) -> None:
+def _require_shapes(query, key, value, codebook, state, codes, relative_bias, window_len) -> None:
     _require_codebook(key.shape[2:], codebook.shape)
     if query.shape[1] == 0:
         raise ValueError("vq_attention: needs a token: got a sequence of length 0")
-    tokens = {"key": key, "value": value, "relative_bias": relative_bias}
+    tokens = {"key": key, "value": value, "codes": codes, "relative_bias": relative_bias}
     for name, array in tokens.items():
         if array is not None and array.shape[:2] != query.shape[:2]:
             raise ValueError(
@@ -313,6 +316,10 @@ def _require_shapes(query, key, value, codebook, state, relative_bias, window_le
     if value.shape[2] != key.shape[2]:
         raise ValueError(
             f"vq_attention: value must have the heads of key, {key.shape[2]}: got {value.shape}"
+        )
+    if codes is not None and codes.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"vq_attention: codes must have the heads of key, {key.shape[2]}: got {codes.shape}"
         )
     if relative_bias is not None and relative_bias.shape[2] != query.shape[2]:
         raise ValueError(
