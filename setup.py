@@ -25,7 +25,9 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "ruff",
+    "safetensors",
     "sentencepiece",
+    "tokenizers",
 ]
 
 setup(
@@ -59,7 +61,7 @@ setup(
         "text": ["sentencepiece"],
         "wandb": ["wandb"],
         "slurm": ["submitit"],
-        "interop": ["safetensors"],
+        "hf": ["safetensors", "tokenizers"],
         "notebooks": ["jupyterlab"],
         "test": TEST,
     },

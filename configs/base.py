@@ -38,8 +38,10 @@ def model_config() -> ml_collections.ConfigDict:
     # MLP width; 0 = 8/3 d_model (swiglu), 3.5 (rwkv) or 4 (others), up to a multiple of 32
     c.d_ff = 0
     c.norm = "rms"  # rms | layer
+    c.norm_eps = 1e-6  # added to the mean square or the variance
     c.vocab_size = 256  # token ids are 0 .. vocab_size-1: 256 for bytes, 257 for delimited_bytes
     c.tie_embeddings = True  # output matrix = input embedding
+    c.embed_scale = 0.0  # multiplies the embedding; 0 = 1 if tied, else sqrt(d_model)
     c.dropout = 0.0  # probability, on what each mixer and MLP adds
     c.embed_dropout = 0.0  # probability, on the embedding
     c.layer_drop = 0.0  # probability, of leaving out all that a mixer or MLP adds to a row
@@ -56,6 +58,14 @@ def model_config() -> ml_collections.ConfigDict:
     c.softmax = ml_collections.ConfigDict()
     c.softmax.position = "rotary"  # rotary | relative (learned bias by log-bucketed offset) | none
     c.softmax.rope_theta = 10_000.0  # longest rotary wavelength is 2 pi rope_theta tokens
+    # for contexts longer than in pretraining: none | linear (all frequencies / rope_factor) |
+    # llama3, yarn (those of few turns within rope_original_len / rope_factor)
+    c.softmax.rope_scaling = "none"
+    c.softmax.rope_factor = 1.0
+    c.softmax.rope_original_len = 0  # llama3, yarn: tokens of a pretraining sequence
+    c.softmax.rope_low_turns = 1.0  # llama3, yarn: fewer turns are divided by the whole factor
+    c.softmax.rope_high_turns = 4.0  # llama3, yarn: more turns stay as they are; yarn has 32
+    c.softmax.rope_amplitude = 0.0  # yarn: multiplies queries and keys; 0 = 0.1 ln(factor) + 1
     c.softmax.qk_norm = False  # RMS-normalise queries and keys a head
     c.softmax.implementation = "auto"  # auto | dense | blockwise | cudnn
 
@@ -63,6 +73,12 @@ def model_config() -> ml_collections.ConfigDict:
     c.sliding.window_len = 128  # tokens a query sees, itself included
     c.sliding.position = "rotary"  # as softmax.position
     c.sliding.rope_theta = 10_000.0
+    c.sliding.rope_scaling = "none"  # these as in softmax
+    c.sliding.rope_factor = 1.0
+    c.sliding.rope_original_len = 0
+    c.sliding.rope_low_turns = 1.0
+    c.sliding.rope_high_turns = 4.0
+    c.sliding.rope_amplitude = 0.0
     c.sliding.qk_norm = False
     c.sliding.implementation = "auto"  # auto | dense | banded | blockwise | cudnn
 
@@ -188,7 +204,7 @@ def data_config() -> ml_collections.ConfigDict:
     c.test_fraction = 0.05  # text: share of the bytes, at the end
     c.download = True  # enwik8: fetch it if it is not in data_dir
     # bytes | delimited_bytes (257 ids, 256 follows each document: imagenet64 needs it) | the path
-    # of a SentencePiece model, *.model (scripts.train_tokenizer makes one)
+    # of a SentencePiece model, *.model (scripts.train_tokenizer makes one) or of a tokenizer.json
     c.tokenizer = "bytes"
     c.seq_len = 256  # tokens a row: the window between two parameter updates
     c.global_batch_size = 16  # rows a step, over all processes

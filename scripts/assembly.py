@@ -135,6 +135,7 @@ def restore_run(workdir: str, step: int = -1) -> TrainedRun:
 
     Raises:
         FileNotFoundError: no run, or no such step.
+        ValueError: the folder is something else.
         CheckpointError: damaged files.
     """
     path = pathlib.Path(workdir) / CONFIG_FILE
@@ -143,7 +144,14 @@ def restore_run(workdir: str, step: int = -1) -> TrainedRun:
             f"--workdir must be the folder of a run: {path} does not exist; train one with "
             "python -m scripts.train --config=configs/quickstart.py --workdir=" + str(workdir)
         )
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    fields = json.loads(path.read_text())
+    if "model" not in fields:
+        raise ValueError(
+            f"--workdir must be the folder of a run: {path} is not a run's; a checkpoint of the "
+            "LLaMA family becomes one with python -m scripts.convert --from=hf_llama --path="
+            f"{workdir} --workdir=NEW"
+        )
+    config = ml_collections.ConfigDict(fields)
     model = build_model(config.model)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     field = "ema" if config.train.ema_decay else "params"

@@ -45,7 +45,15 @@ ALLOWED = {
         "longctx_jax.data",
     },
     "benchmarking": ANYTHING,
-    "interop": ANYTHING,
+    "conversion": {
+        "longctx_jax.conversion",
+        "longctx_jax.models",
+        "longctx_jax.training.checkpoint",
+        "longctx_jax.training.metrics",
+        "longctx_jax.training.start",
+        "longctx_jax.training.state",
+        "longctx_jax.data",
+    },
     "configs": {"configs"},
     "scripts": ANYTHING | {"scripts", "configs"},
 }

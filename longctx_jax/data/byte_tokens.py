@@ -16,6 +16,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     separator_id = -1
+    start_id = -1
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """Returns the byte values of `text` (a `str` is encoded as UTF-8), int32 [n_bytes]."""
@@ -39,6 +40,7 @@ class DelimitedByteTokenizer(ByteTokenizer):
     name = "delimited_bytes"
     vocab_size = 257
     separator_id = 256
+    start_id = 256
 
     def decode(self, ids: np.ndarray) -> bytes:
         """Returns the bytes with these values, separators left out."""

@@ -19,7 +19,13 @@ import numpy as np
 from longctx_jax.data.recall import RowBatches, RowTokenStream, training_row
 from longctx_jax.data.streams import TextStream
 from longctx_jax.data.tokenizers import tokenize
-from longctx_jax.data.tokens import Tokenizer, TokenStream, check_ids, check_vocab_size
+from longctx_jax.data.tokens import (
+    Tokenizer,
+    TokenStream,
+    as_inputs,
+    check_ids,
+    check_vocab_size,
+)
 
 # Fields of a batch, each [rows, seq_len]: tokens int32 (inputs), targets int32 (the next tokens),
 # weights float32 (1 = counts), segment_ids int32 (document of each input token: constant within a
@@ -253,7 +259,7 @@ def _read_row(tokens: TokenStream, seq_len: int, vocab_size: int, start: int) ->
     """Returns one row, fields [seq_len], of the cyclic stream from `start` on."""
     row, segments = _read_cyclic(tokens, start, seq_len + 1, vocab_size)
     return {
-        "tokens": row[:-1],
+        "tokens": as_inputs(tokens.tokenizer, row[:-1]),
         "targets": row[1:],
         "weights": _weights(tokens, row[1:]),
         "segment_ids": (segments[:-1] % _SEGMENT_MODULUS).astype(np.int32),
@@ -367,7 +373,7 @@ def _evaluation_batch(
         if n_targets <= 0:
             continue
         ids, segments = _read_cyclic(tokens, start - 1, n_targets + 1, vocab_size)
-        batch["tokens"][row, :n_targets] = ids[:-1]
+        batch["tokens"][row, :n_targets] = as_inputs(tokens.tokenizer, ids[:-1])
         batch["targets"][row, :n_targets] = ids[1:]
         batch["weights"][row, :n_targets] = _weights(tokens, ids[1:])
         # Padding stays in the last document, so that it resets nothing.

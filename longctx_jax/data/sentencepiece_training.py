@@ -8,8 +8,9 @@ settings published for PG-19, plus those that keep text exact (`sentencepiece.py
 import io
 from collections.abc import Iterator
 
-from longctx_jax.data.sentencepiece import cut_at_spaces, import_sentencepiece
+from longctx_jax.data.sentencepiece import import_sentencepiece
 from longctx_jax.data.streams import TextStream
+from longctx_jax.data.subwords import cut_at_spaces
 
 PIECE_BYTES = 4096  # of text, a "sentence" of the trainer
 READ_BYTES = 1 << 24

@@ -74,9 +74,9 @@ def load_or_encode(
         write_atomically(path, functools.partial(_write, key, documents, np.dtype(dtype)))
     except PermissionError as error:
         raise PermissionError(
-            f"the folder of the SentencePiece model must be writable, to keep encoded text in: "
-            f"{folder} is not ({error}); copy the model to another folder and set "
-            "config.data.tokenizer to it"
+            f"the folder of the tokenizer must be writable, to keep encoded text in: {folder} is "
+            f"not ({error}); copy the tokenizer to another folder and set config.data.tokenizer to "
+            "it"
         ) from error
     return _load(path, key)
 

@@ -1,7 +1,7 @@
 """Tokenizers by the value of `config.data.tokenizer`, and a text stream as a stream of tokens.
 
-Another tokenizer adds a file beside `byte_tokens.py` and `sentencepiece.py` and a line to each
-function here; nothing downstream of `tokenize` knows which one it reads.
+Another tokenizer adds a file beside `sentencepiece.py` and `hf_tokenizer.py` and a line here;
+nothing downstream of `tokenize` knows which one it reads.
 """
 
 import pathlib
@@ -12,46 +12,50 @@ from longctx_jax.data.byte_tokens import (
     DelimitedByteStream,
     DelimitedByteTokenizer,
 )
+from longctx_jax.data.hf_tokenizer import HFTokenizer
 from longctx_jax.data.recall import RowStream, RowTokenStream
-from longctx_jax.data.sentencepiece import SentencePieceTokenizer, load_tokenizer
+from longctx_jax.data.sentencepiece import SentencePieceTokenizer
 from longctx_jax.data.splits import resolve_data_dir
 from longctx_jax.data.streams import TextStream
+from longctx_jax.data.subwords import SubwordTokenizer, load_once
 from longctx_jax.data.tokens import Tokenizer, TokenStream
 
 TOKENIZERS = {"bytes": ByteTokenizer, "delimited_bytes": DelimitedByteTokenizer}
-MODEL_SUFFIX = ".model"
+FILES = {".model": SentencePieceTokenizer, ".json": HFTokenizer}  # by suffix
 
 
 def build_tokenizer(name: str, data_dir: str = "") -> Tokenizer:
     """Returns the tokenizer called `name`, the value of `config.data.tokenizer`.
 
     Args:
-        name: one of `TOKENIZERS`, or the path of a SentencePiece model file, relative to the
-            current folder or to the data folder.
+        name: one of `TOKENIZERS`, or the path of a SentencePiece model (*.model) or of a
+            `tokenizer.json`, relative to the current folder or to the data folder.
         data_dir: `config.data.data_dir`.
 
     Raises:
-        ValueError: for a name not in the list that is no model file's.
-        FileNotFoundError: for a model file that is not there, with the command that trains one.
-        ImportError: if sentencepiece is needed and not installed.
+        ValueError: for a name not in the list that is no such file's, or a file that does not fit.
+        FileNotFoundError: for a file that is not there, with the command that trains one.
+        ImportError: if sentencepiece or tokenizers is needed and not installed.
     """
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
-    if not name.endswith(MODEL_SUFFIX):
+    path = pathlib.Path(name).expanduser()
+    if path.suffix not in FILES:
         raise ValueError(
             f"config.data.tokenizer must be one of {sorted(TOKENIZERS)} or the path of a "
-            f"SentencePiece model file, *{MODEL_SUFFIX}: got {name!r}; set it to one of them"
+            f"SentencePiece model file, *.model, or of a tokenizer.json: got {name!r}; set it to "
+            "one of them"
         )
-    path = pathlib.Path(name).expanduser()
     candidates = list(dict.fromkeys((path.absolute(), resolve_data_dir(data_dir) / path)))
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise FileNotFoundError(
             f"config.data.tokenizer must be a file: {' and '.join(map(str, candidates))} "
             f"{'do' if len(candidates) > 1 else 'does'} not exist; train one with `python -m "
-            f"scripts.train_tokenizer --config=configs/NAME.py --out={name} --vocab_size=32000`"
+            f"scripts.train_tokenizer --config=configs/NAME.py --out={path.with_suffix('.model')} "
+            "--vocab_size=32000`"
         )
-    return load_tokenizer(found)
+    return load_once(FILES[path.suffix], found)
 
 
 def tokenize(stream: TextStream, tokenizer: Tokenizer) -> TokenStream:
@@ -74,7 +78,7 @@ def tokenize(stream: TextStream, tokenizer: Tokenizer) -> TokenStream:
         )
     if isinstance(tokenizer, ByteTokenizer):
         return ByteTokenStream(stream, tokenizer)
-    if isinstance(tokenizer, SentencePieceTokenizer):
+    if isinstance(tokenizer, SubwordTokenizer):
         return tokenizer.stream(stream)
     raise NotImplementedError(
         f"no token stream for tokenizer {tokenizer.name!r}; set config.data.tokenizer='bytes'"

@@ -18,11 +18,14 @@ class Tokenizer(Protocol):
         name: what messages call it.
         vocab_size: number of ids.
         separator_id: the token that follows each document of a token stream; -1 = none.
+        start_id: what stands for it as an input, where it begins a document: a vocabulary may have
+            a token of its own for that; separator_id otherwise.
     """
 
     name: str
     vocab_size: int
     separator_id: int
+    start_id: int
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """Returns the ids of `text` (a `str` is taken as UTF-8), int32 [n_tokens]."""
@@ -116,9 +119,16 @@ def each_token_is_a_byte(tokens: TokenStream) -> bool:
     return is_bytes and tokenizer.name in ("bytes", "delimited_bytes")
 
 
+def as_inputs(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Returns the ids as a model reads them: where a separator begins a document, `start_id`."""
+    if tokenizer.start_id == tokenizer.separator_id:
+        return ids
+    return np.where(ids == tokenizer.separator_id, np.int32(tokenizer.start_id), ids)
+
+
 def prompt_ids(tokenizer: Tokenizer, text: bytes | str) -> np.ndarray:
     """Returns the ids of the beginning of a document as a model sees it in training, int32."""
-    lead = [tokenizer.separator_id] if tokenizer.separator_id >= 0 else []
+    lead = [tokenizer.start_id] if tokenizer.separator_id >= 0 else []
     return np.concatenate([np.array(lead, np.int32), tokenizer.encode(text)])
 
 

@@ -280,8 +280,8 @@ class Decoder:
     @property
     def _embed(self) -> Embed:
         c = self.config
-        return Embed(c.vocab_size, c.d_model, c.tie_embeddings, c.dtype)
+        return Embed(c.vocab_size, c.d_model, c.tie_embeddings, c.dtype, c.embed_scale)
 
     @property
     def _norm(self):
-        return make_norm(self.config.norm, self.config.dtype)
+        return make_norm(self.config.norm, self.config.dtype, self.config.norm_eps)

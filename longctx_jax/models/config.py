@@ -52,8 +52,10 @@ class ModelConfig:
     mlp: str = "swiglu"
     d_ff: int = 0
     norm: str = "rms"
+    norm_eps: float = 1e-6
     vocab_size: int = 256
     tie_embeddings: bool = True
+    embed_scale: float = 0.0
     dropout: float = 0.0
     embed_dropout: float = 0.0
     layer_drop: float = 0.0
@@ -78,7 +80,8 @@ class ModelConfig:
         require_integers(self)
         for field in ("n_layers", "d_model", "n_heads", "vocab_size", "n_ramp_buckets", "unroll"):
             require_positive(field, getattr(self, field))
-        for field in ("n_kv_heads", "d_key", "d_value", "d_ff", "segment_len"):
+        require_positive("norm_eps", self.norm_eps)
+        for field in ("n_kv_heads", "d_key", "d_value", "d_ff", "segment_len", "embed_scale"):
             require_not_negative(field, getattr(self, field))
         require_one_of("mlp", self.mlp, MLPS)
         require_one_of("norm", self.norm, tuple(NORMS))
@@ -167,6 +170,7 @@ class ModelConfig:
         fill("d_key", self.d_model // self.n_heads)
         fill("d_value", self.d_key)
         fill("n_kv_heads", self.n_heads)
+        fill("embed_scale", 1.0 if self.tie_embeddings else self.d_model**0.5)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"config.model.n_kv_heads must divide n_heads: got n_kv_heads={self.n_kv_heads}, "

@@ -47,7 +47,7 @@ def init_recurrence(config: ModelConfig, key: PRNGKey) -> PyTree:
         layers[name] = jax.vmap(layer.init_params)(keys)
     params: dict[str, PyTree] = {"layers": layers}
     if config.recurrence != "layerwise":
-        scale = config.d_model**-0.5 if config.tie_embeddings else 1.0
+        scale = config.embed_scale * config.d_model**-0.5
         shape = (config.memory.n_memory_tokens, config.d_model)
         params["tokens"] = scale * jax.random.normal(jax.random.fold_in(key, 2**31 - 1), shape)
     return params

@@ -39,6 +39,8 @@ def _softmax_mixer(config: ModelConfig, window_len: int, kind: Any) -> SoftmaxAt
         implementation=kind.implementation,
         dtype=config.dtype,
         output_scale=output_scale(config),
+        rope_scaling=kind.rotary_scaling,
+        norm_eps=config.norm_eps,
     )
 
 
@@ -155,6 +157,7 @@ def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
             output_scale=output_scale(config),
             n_layers=config.n_layers,
             d_model=config.d_model,
+            norm_eps=config.norm_eps,
         )
         for kind in config.pattern
     )

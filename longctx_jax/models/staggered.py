@@ -188,7 +188,7 @@ def delayed(
         handover: of the call before; None = there was none.
     """
     stag, own = config.stagformer, params["handover"]
-    norm = make_norm(config.norm, config.dtype)
+    norm = make_norm(config.norm, config.dtype, config.norm_eps)
     norm_params = jax.tree.map(lambda leaf: leaf[below], own["norm"])
     if not stag.stagger:
         return call_module(norm, norm_params, output)

@@ -74,6 +74,8 @@ def cross_half(config: ModelConfig) -> CrossHalf:
         layer_drop=config.layer_drop,
         dtype=config.dtype,
         output_scale=output_scale(stack_config(config)),
+        rope_scaling=config.softmax.rotary_scaling,
+        norm_eps=config.norm_eps,
     )
 
 
@@ -95,7 +97,7 @@ def init_staggered(
         keys = jax.random.split(stack_key, n_stacks)
         stack, state = jax.vmap(lambda k: init_stack(one, k), out_axes=1)(keys)
     example = jnp.zeros((1, 1, width), config.dtype)
-    norm = make_norm(config.norm, config.dtype).init(first_key, example)["params"]
+    norm = make_norm(config.norm, config.dtype, config.norm_eps).init(first_key, example)["params"]
     handover = {"norm": jax.tree.map(lambda p: jnp.stack([p] * (n_stacks - 1)), norm)}
     if stag.stagger and stag.first_slot == "learned":
         handover["first"] = jax.random.normal(first_key, (n_stacks - 1, width))

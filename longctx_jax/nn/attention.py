@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from longctx_jax.nn.contract import Aux, Documents, no_aux
 from longctx_jax.nn.kv_cache import KVCache, cached_attention, init_kv_cache
 from longctx_jax.nn.mlp import dense
-from longctx_jax.nn.norms import RMSNorm
-from longctx_jax.ops.position import DistanceBias, rotate
+from longctx_jax.nn.norms import EPS, RMSNorm
+from longctx_jax.ops.position import UNSCALED, DistanceBias, RotaryScaling, rotate
 
 N_RELATIVE_BUCKETS = 32
 POSITIONS = ("rotary", "relative", "none")
@@ -35,6 +35,8 @@ class SoftmaxAttention(nn.Module):
     implementation: str
     dtype: str
     output_scale: float
+    rope_scaling: RotaryScaling = UNSCALED
+    norm_eps: float = EPS
 
     @nn.compact
     def __call__(
@@ -52,14 +54,14 @@ class SoftmaxAttention(nn.Module):
         key = self._heads(x, "key", self.n_kv_heads, self.d_key)
         value = self._heads(x, "value", self.n_kv_heads, self.d_value)
         if self.qk_norm:
-            query = RMSNorm(self.dtype, name="query_norm")(query)
-            key = RMSNorm(self.dtype, name="key_norm")(key)
+            query = RMSNorm(self.dtype, self.norm_eps, name="query_norm")(query)
+            key = RMSNorm(self.dtype, self.norm_eps, name="key_norm")(key)
         if self.position == "rotary":
             positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
             if cache is not None:
                 positions = cache.position[:, None] + positions
-            query = rotate(query, positions, self.rope_theta)
-            key = rotate(key, positions, self.rope_theta)
+            query = rotate(query, positions, self.rope_theta, self.rope_scaling)
+            key = rotate(key, positions, self.rope_theta, self.rope_scaling)
         bias = None
         if self.position == "relative":
             shape = (self.n_heads, N_RELATIVE_BUCKETS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.mlp import MLP
-from longctx_jax.nn.norms import make_norm
+from longctx_jax.nn.norms import EPS, make_norm
 from longctx_jax.nn.rwkv import RWKVChannelMix
 
 RECURRENT_MLPS = ("rwkv",)  # have a cache of their own
@@ -46,13 +46,14 @@ class Block(nn.Module):
     output_scale: float
     n_layers: int = 1
     d_model: int = 0
+    norm_eps: float = EPS
 
     def setup(self):
         """Makes the norms and the second half; a part that is never called has no parameters."""
-        self.mixer_norm = make_norm(self.norm, self.dtype)
+        self.mixer_norm = make_norm(self.norm, self.dtype, self.norm_eps)
         if self.mlp == "none":
             return
-        self.mlp_norm = make_norm(self.norm, self.dtype)
+        self.mlp_norm = make_norm(self.norm, self.dtype, self.norm_eps)
         if self.mlp in RECURRENT_MLPS:
             sizes = (self.d_ff, self.n_layers, self.dtype, self.output_scale)
             self.second: Any = RWKVChannelMix(*sizes, name="mlp")

@@ -17,8 +17,8 @@ from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend, init_kv_cache
 from longctx_jax.nn.mlp import Kernel, dense
-from longctx_jax.nn.norms import make_norm
-from longctx_jax.ops.position import rotate
+from longctx_jax.nn.norms import EPS, make_norm
+from longctx_jax.ops.position import UNSCALED, RotaryScaling, rotate
 
 POSITIONS = ("rotary", "none")
 
@@ -83,6 +83,8 @@ class CrossHalf(nn.Module):
     layer_drop: float
     dtype: str
     output_scale: float
+    rope_scaling: RotaryScaling = UNSCALED
+    norm_eps: float = EPS
 
     @nn.compact
     def __call__(
@@ -107,7 +109,7 @@ class CrossHalf(nn.Module):
         if self.window_len == 1:
             out = dense(x.shape[-1], self.dtype, "linear", self.output_scale)(memory)
             return x + self._drop(out, train), cache
-        hidden = make_norm(self.norm, self.dtype, "norm")(x)
+        hidden = make_norm(self.norm, self.dtype, self.norm_eps, "norm")(x)
         query = dense(self.n_heads * self.d_key, self.dtype, "query")(hidden)
         query = query.reshape(*x.shape[:2], self.n_heads, self.d_key)
         to_key = Kernel(self.n_kv_heads * self.d_key, self.dtype, name="key")(x.shape[-1])
@@ -141,8 +143,8 @@ class CrossHalf(nn.Module):
             positions = jnp.arange(memory.shape[1], dtype=jnp.int32)[None]
             if cache is not None:
                 positions = cache.position[:, None] + positions
-            query = rotate(query, positions + self.delay, self.rope_theta)
-            key = rotate(key, positions, self.rope_theta)
+            query = rotate(query, positions + self.delay, self.rope_theta, self.rope_scaling)
+            key = rotate(key, positions, self.rope_theta, self.rope_scaling)
         out, cache = cached_attention(
             query,
             key,

@@ -9,14 +9,16 @@ class Embed(nn.Module):
     """Table [vocab, d_model] and the output matrix: the same table, or one of its own.
 
     Both start with standard deviation 1/sqrt(d_model), so logits start with about unit variance.
-    A table of its own is multiplied by sqrt(d_model) on the way in; a tied one is not, since the
-    residual stream would then start by predicting the token it has just read.
+    The table is multiplied by `scale` on the way in: by default sqrt(d_model) for a table of its
+    own and 1 for a tied one, since the residual stream would else start by predicting the token it
+    has just read.
     """
 
     vocab_size: int
     d_model: int
     is_tied: bool
     dtype: str
+    scale: float
 
     def setup(self):
         """Makes the table, and the output matrix if it has its own."""
@@ -28,8 +30,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings, [batch, seq] -> [batch, seq, d_model]."""
-        scale = 1.0 if self.is_tied else self.d_model**0.5
-        return (self.table[tokens] * scale).astype(self.dtype)
+        return (self.table[tokens] * self.scale).astype(self.dtype)
 
     def unembedding(self) -> jax.Array:
         """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""

@@ -47,8 +47,9 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+EPS = 1e-6
 
 
-def make_norm(kind: str, dtype: str, name: str | None = None) -> nn.Module:
-    """Returns the norm that config.model.norm names."""
-    return NORMS[kind](dtype=dtype, name=name)
+def make_norm(kind: str, dtype: str, eps: float = EPS, name: str | None = None) -> nn.Module:
+    """Returns the norm that config.model.norm names, with config.model.norm_eps."""
+    return NORMS[kind](dtype=dtype, eps=eps, name=name)

@@ -1,11 +1,14 @@
 """Positions: rotary, sinusoid, log-bucketed relative bias, and the relative shift.
 
-Source: Su et al. (2021), Vaswani et al. (2017), Raffel et al. (2020), Dai et al. (2019).
+Source: Su et al. (2021), Vaswani et al. (2017), Raffel et al. (2020), Dai et al. (2019); rotary
+frequencies for longer contexts: Chen et al. (2023), arXiv 2306.15595 (linear); Peng et al. (2023),
+arXiv 2309.00071 (YaRN); Grattafiori et al. (2024), arXiv 2407.21783 (llama3).
 
 Streams are endless here, so angles stay exact at any int32 position: `p * frequency` in float32
 would lose 0.3 rad at position 5e6. Not here: learned absolute tables (they bound the length).
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -19,9 +22,55 @@ _RADIX = 256
 _DIGITS = 4  # 256^4 = 2^32: every non-negative int32
 
 
-def rotary_frequencies(width: int, theta: float) -> np.ndarray:
-    """Returns theta^(-2i/width) for i < width/2, float64 [width/2], radians a token."""
-    return theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+ROTARY_SCALINGS = ("none", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies change for contexts longer than those of pretraining.
+
+    A frequency makes some number of turns within `original_len` tokens. "linear" divides all
+    frequencies by `factor`. "llama3" divides those of fewer than `low_turns`, keeps those of more
+    than `high_turns`, and goes from one to the other linearly in the turns; "yarn" does so linearly
+    in the frequency's index, between whole indices, and multiplies queries and keys by `amplitude`.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    original_len: int = 0  # tokens; unused by "none" and "linear"
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    amplitude: float = 0.0  # yarn; 0 = 0.1 ln(factor) + 1
+
+
+UNSCALED = RotaryScaling()
+
+
+def rotary_frequencies(width: int, theta: float, scaling: RotaryScaling = UNSCALED) -> np.ndarray:
+    """Returns theta^(-2i/width) for i < width/2, float64 [width/2], radians a token; scaled."""
+    frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    if scaling.kind == "none":
+        return frequencies
+    kept = np.zeros(len(frequencies))  # share of a frequency that is not divided
+    if scaling.kind == "llama3":
+        turns = scaling.original_len * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)
+    elif scaling.kind == "yarn":
+        first, last = (
+            width * math.log(scaling.original_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (scaling.high_turns, scaling.low_turns)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+        kept = 1 - (np.arange(len(frequencies)) - first) / max(last - first, 1e-3)
+    kept = np.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_amplitude(scaling: RotaryScaling) -> float:
+    """Returns what rotated queries and keys are multiplied by."""
+    if scaling.kind != "yarn":
+        return 1.0
+    return scaling.amplitude or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
 
 
 def position_angles(
@@ -48,7 +97,10 @@ def position_angles(
 
 
 def rotate(
-    x: Float[Array, "batch seq heads key"], positions: Int[Array, "#batch seq"], theta: float
+    x: Float[Array, "batch seq heads key"],
+    positions: Int[Array, "#batch seq"],
+    theta: float,
+    scaling: RotaryScaling = UNSCALED,
 ) -> Float[Array, "batch seq heads key"]:
     """Returns x with the pair (i, i + key/2) rotated by its position's angle.
 
@@ -64,8 +116,9 @@ def rotate(
             "even number or position='none'"
         )
     compute_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    angles = position_angles(positions, rotary_frequencies(width, theta), compute_dtype)
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    angles = position_angles(positions, rotary_frequencies(width, theta, scaling), compute_dtype)
+    amplitude = rotary_amplitude(scaling)
+    cos, sin = (amplitude * f(angles)[..., None, :] for f in (jnp.cos, jnp.sin))
     left, right = jnp.split(x.astype(compute_dtype), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return rotated.astype(x.dtype)

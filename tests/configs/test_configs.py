@@ -1,6 +1,7 @@
 """Every config file builds a model; the files of one comparison differ in what they say."""
 
 import importlib
+import json
 import pathlib
 
 import jax
@@ -54,6 +55,21 @@ def test_a_quality_sweep_compares_equal_sizes(name):
         shapes = jax.eval_shape(build_model(config.model).init, jax.random.key(0))
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])))
     assert max(sizes) / min(sizes) < 1.005
+
+
+def test_a_config_from_a_run_is_the_runs(tmp_path):
+    from_run = importlib.import_module("configs.from_run")
+    before = importlib.import_module("configs.enwik8.hybrid_small").get_config()
+    before.train.init_from = "elsewhere"
+    (tmp_path / "config.json").write_text(json.dumps(before.to_dict()))
+    config = from_run.get_config(str(tmp_path))
+    assert config.train.init_from == str(tmp_path)
+    config.train.init_from = "elsewhere"
+    assert config.to_dict() == before.to_dict() and isinstance(config.model.pattern, tuple)
+    with pytest.raises(AttributeError):
+        config.model.no_such_field = 1
+    with pytest.raises(ValueError, match="needs the folder of a run: .*nowhere/config.json"):
+        from_run.get_config("nowhere")
 
 
 PUBLISHED = {  # counted by instantiating the published code, codebooks included

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longctx_jax import data
-from longctx_jax.data import files, sentencepiece, token_cache
+from longctx_jax.data import files, sentencepiece, subwords, token_cache
 from longctx_jax.data.sentencepiece_training import train_model
 from longctx_jax.data.streams import concatenate
 
@@ -91,21 +91,21 @@ def test_odd_text_round_trips(pieces, text):
 def test_sub_words_are_shorter_than_bytes(pieces):
     ids = pieces.encode(TEXT)
     assert ids.size < len(TEXT) / 3 and ids.max() < pieces.vocab_size == 340
-    assert pieces.separator_id == 1 and pieces.separator_id not in ids
+    assert pieces.separator_id == pieces.start_id == 1 and pieces.separator_id not in ids
     assert pieces.decode(np.array([0, 1, 2])) == b"" and pieces.token_bytes(1) == 0
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 100])
 def test_cutting_changes_no_token(pieces, monkeypatch, chunk):
     whole = pieces.encode(TEXT)
-    monkeypatch.setattr(sentencepiece, "CHUNK_BYTES", 100 * chunk)
+    monkeypatch.setattr(subwords, "CHUNK_BYTES", 100 * chunk)
     assert pieces.encode(TEXT).tolist() == whole.tolist()
 
 
 @settings(max_examples=100, deadline=None)
 @given(raw_texts(), st.integers(1, 9))
 def test_pieces_cover_the_text(raw, size):
-    bounds = list(sentencepiece.cut_at_spaces(raw, size))
+    bounds = list(subwords.cut_at_spaces(raw, size))
     assert b"".join(raw[a:b] for a, b in bounds) == raw
     assert all(0 < b - a <= size for a, b in bounds)
 
@@ -113,7 +113,7 @@ def test_pieces_cover_the_text(raw, size):
 def test_cuts_come_before_spaces_else_between_characters():
     def cut(text, size):
         raw = text.encode()
-        return [raw[a:b].decode() for a, b in sentencepiece.cut_at_spaces(raw, size)]
+        return [raw[a:b].decode() for a, b in subwords.cut_at_spaces(raw, size)]
 
     assert cut("ab  cd ef", 6) == ["ab", "  cd", " ef"]
     assert cut("éééé", 3) == ["é"] * 4
@@ -124,7 +124,7 @@ def test_cuts_come_before_spaces_else_between_characters():
 
 @pytest.mark.parametrize("block", [1 << 22, 7])
 def test_documents_are_encoded_apart_and_separated(own_file, monkeypatch, block):
-    monkeypatch.setattr(sentencepiece, "BLOCK_BYTES", block)
+    monkeypatch.setattr(subwords, "BLOCK_BYTES", block)
     tokenizer = fresh(own_file)
     tokens = data.tokenize(concatenate("s", DOCUMENTS), tokenizer)
     ids = tokens.read(0, tokens.n_tokens)
@@ -261,7 +261,7 @@ def test_long_texts_are_digested_in_places(monkeypatch):
 
 
 def test_nothing_is_left_of_a_failed_run(own_file, monkeypatch):
-    monkeypatch.setattr(sentencepiece, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(subwords, "BLOCK_BYTES", 7)
     encode = sentencepiece.SentencePieceTokenizer.encode
 
     def fail(self, text):
@@ -341,10 +341,31 @@ def test_models_that_cannot_cover_text_are_refused(tmp_path, changes, match):
 
 def test_models_that_change_text_are_refused(tmp_path):
     tokenizer = outside_model(tmp_path / "x.model")
-    with pytest.raises(ValueError, match=r"turns b'age of' into b' age of'.*dummy prefix"):
-        tokenizer.encode("age of")
+    with pytest.raises(ValueError, match=r"turns b'age  of' into b'age of'.*normalisation"):
+        tokenizer.encode("age  of")
     with pytest.raises(ValueError, match="s from byte 0 on: a SentencePiece model must keep text"):
         data.tokenize(concatenate("s", [b"age  of"]), tokenizer)
+
+
+def test_no_space_is_put_before_a_text(tmp_path):
+    """LLaMA's models ask for one, which would be a byte that no text has."""
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    tokenizer = outside_model(tmp_path / "x.model", **exact)
+    assert tokenizer.decode(tokenizer.encode("age  of")) == b"age  of"
+    plain = outside_model(tmp_path / "y.model", **exact, add_dummy_prefix=False)
+    assert tokenizer.encode(TEXT).size == pytest.approx(plain.encode(TEXT).size, rel=0.02)
+
+
+def test_a_token_for_the_beginning_of_a_document_is_its_first_input(tmp_path):
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    tokenizer = outside_model(tmp_path / "x.model", **exact, bos_id=1, eos_id=2)
+    assert (tokenizer.start_id, tokenizer.separator_id) == (1, 2)
+    assert data.prompt_ids(tokenizer, "")[0] == 1
+    tokens = data.tokenize(concatenate("s", DOCUMENTS), tokenizer)
+    (batch,) = data.evaluation_stripes(tokens, batch_size=1, seq_len=tokens.n_tokens)
+    ends = batch["targets"][0] == 2
+    assert ends.sum() == len(DOCUMENTS) and not (batch["tokens"] == 2).any()
+    assert (batch["tokens"][0][1:][ends[:-1]] == 1).all() and batch["tokens"][0, 0] == 1
 
 
 def test_a_model_with_too_few_ids_names_both(pieces):

@@ -32,6 +32,16 @@ MISTAKES = [
     ({"d_key": -1}, "config.model.d_key must not be negative: got -1"),
     ({"d_value": -1}, "config.model.d_value must not be negative: got -1"),
     ({"d_ff": -1}, "config.model.d_ff must not be negative: got -1"),
+    ({"norm_eps": 0.0}, "config.model.norm_eps must be positive: got 0.0"),
+    ({"embed_scale": -1.0}, "config.model.embed_scale must not be negative: got -1.0"),
+    ({"softmax": {"rope_scaling": "ntk"}}, "config.model.softmax.rope_scaling must be one of"),
+    ({"sliding": {"rope_factor": 0.0}}, "config.model.sliding.rope_factor must be positive"),
+    ({"softmax": {"rope_scaling": "llama3"}}, "config.model.softmax.rope_original_len must be pos"),
+    (
+        {"softmax": {"rope_scaling": "yarn", "rope_original_len": 8, "rope_low_turns": 4.0}},
+        "config.model.softmax.rope_low_turns must be below rope_high_turns: got 4.0 and 4.0; "
+        "llama3 has 1 and 4, yarn 1 and 32",
+    ),
     ({"segment_len": -1}, "config.model.segment_len must not be negative: got -1"),
     (
         {"mlp": "relu"},
@@ -158,6 +168,10 @@ def test_derived_sizes():
         {"d_model": 100, "n_heads": 4, "d_key": 6, "mlp": "gelu", "n_kv_heads": 1}
     )
     assert (config.d_key, config.d_value, config.n_kv_heads, config.d_ff) == (6, 6, 1, 416)
+    assert config.embed_scale == 1.0
+    fields = {"d_model": 64, "tie_embeddings": False}
+    assert model_config(fields).embed_scale == 8.0
+    assert model_config(fields | {"embed_scale": 2.0}).embed_scale == 2.0
 
 
 def n_params(c, heads_of_layers):

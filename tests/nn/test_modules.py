@@ -109,7 +109,7 @@ def test_output_scale_is_a_standard_deviation():
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_embedding(is_tied):
-    embed = Embed(11, 16, is_tied, "float32")
+    embed = Embed(11, 16, is_tied, "float32", 1.0 if is_tied else 4.0)
     tokens = jnp.array([[0, 10, 3]])
     variables = init(embed, tokens)
     x = jax.jit(embed.apply)(variables, tokens)
@@ -125,7 +125,7 @@ def test_embedding(is_tied):
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_logits_of_unit_activations_have_unit_variance(is_tied):
-    embed = Embed(512, 64, is_tied, "float32")
+    embed = Embed(512, 64, is_tied, "float32", 1.0 if is_tied else 8.0)
     variables = jax.jit(embed.init)(KEY, jnp.zeros((1, 1), jnp.int32))
     hidden = np.random.default_rng(0).standard_normal((50, 64))
     logits = hidden @ np.asarray(embed.apply(variables, method="unembedding"))

@@ -9,11 +9,13 @@ import pytest
 
 from longctx_jax.ops.position import (
     DistanceBias,
+    RotaryScaling,
     alibi_slopes,
     distance_bias,
     position_angles,
     relative_bucket,
     relative_shift,
+    rotary_amplitude,
     rotary_frequencies,
     rotate,
     sinusoid,
@@ -26,6 +28,48 @@ ANGLE_TOLERANCE = 2e-4  # radians; seen: 9e-5
 
 def test_frequencies():
     assert_close(rotary_frequencies(4, 100.0), [1.0, 0.1], rel_rms=1e-15)
+
+
+# (theta, scaling) -> frequencies by index at width 128, of transformers 5.23 (its float32)
+PUBLISHED = {
+    "LLaMA 3.1": (
+        (500_000.0, RotaryScaling("llama3", 8.0, 8192, 1.0, 4.0)),
+        {0: 1.0, 20: 0.016560440883, 28: 0.0032114461064, 30: 0.0013718936825}
+        | {32: 0.00052484602202, 34: 0.00017850779113, 36: 7.7846554632e-05}
+        | {50: 4.411534519e-06, 63: 3.0689258779e-07},
+    ),
+    "Qwen3, YaRN": (
+        (1_000_000.0, RotaryScaling("yarn", 4.0, 32_768, 1.0, 32.0)),
+        {0: 1.0, 20: 0.0133352149278, 25: 0.00413173809648, 28: 0.00184827658813}
+        | {32: 0.000602941145189, 36: 0.000179841154022, 40: 4.44569850515e-05}
+        | {50: 5.13381246492e-06, 63: 3.10234440803e-07},
+    ),
+    "linear": (
+        (10_000.0, RotaryScaling("linear", 4.0)),
+        {0: 0.25, 20: 0.0140585321933, 63: 2.88695482595e-05},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_frequencies_for_longer_contexts(name):
+    (theta, scaling), expected = PUBLISHED[name]
+    frequencies = rotary_frequencies(128, theta, scaling)
+    assert frequencies.dtype == np.float64
+    for index, value in expected.items():
+        assert frequencies[index] == pytest.approx(value, rel=1e-6), index
+
+
+def test_only_yarn_changes_amplitudes():
+    assert rotary_amplitude(RotaryScaling("llama3", 8.0, 8192)) == 1.0
+    yarn = RotaryScaling("yarn", 4.0, 32_768, 1.0, 32.0)
+    assert rotary_amplitude(yarn) == pytest.approx(1.138629436111989, rel=1e-15)
+    own = RotaryScaling("yarn", 4.0, 32_768, 1.0, 32.0, 1.5)
+    x, positions = jnp.float32(make_normal(0, 1, 3, 2, 4)), jnp.arange(3)[None]
+    rotated = rotate(x, positions, 100.0, own)
+    assert_close(jnp.sum(rotated**2), 2.25 * jnp.sum(x**2), rel_rms=1e-6)
+    plain = rotate(x, positions, 100.0, RotaryScaling("linear", 4.0))
+    assert_close(jnp.sum(plain**2), jnp.sum(x**2), rel_rms=1e-6)
 
 
 def test_angles_are_exact_at_any_position():

@@ -1,0 +1,1 @@
+"""Pretrained weights in and out, and from one scheme to another."""
