@@ -181,6 +181,12 @@ def model_config() -> ml_collections.ConfigDict:
     c.inattention.max_distance = 4096  # relative: tokens; buckets grow up to it
     c.inattention.d_rotary = 32  # decoupled: rotary numbers a row
     c.inattention.rope_theta = 10_000.0  # of rotary numbers and sinusoids
+    c.inattention.rope_scaling = "none"  # of rotary numbers; these as in softmax
+    c.inattention.rope_factor = 1.0
+    c.inattention.rope_original_len = 0
+    c.inattention.rope_low_turns = 1.0
+    c.inattention.rope_high_turns = 4.0
+    c.inattention.rope_amplitude = 0.0
     c.inattention.d_memory = 0  # width of the memory's rows; 0 = d_model
     c.inattention.share_projections = False  # one W_K and W_V for all layers
     # of decoding: kv (keys and values a layer) | embedding (rows, once) | ids | counts (how often

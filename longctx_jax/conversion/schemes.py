@@ -13,23 +13,18 @@ import numpy as np
 
 from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.rotary_config import RotaryConfig
 from longctx_jax.models.stack import layer_names, layer_places
 from longctx_jax.typing import PRNGKey, PyTree
 
 SCHEMES = ("inattention", "decay", "recurrent_memory", "sliding")
+ROTARY_FIELDS = tuple(field.name for field in dataclasses.fields(RotaryConfig))
 # of config.model.softmax and sliding: what the two share
-ATTENTION_FIELDS = (
-    "position",
-    "rope_theta",
-    "rope_scaling",
-    "rope_factor",
-    "rope_original_len",
-    "rope_low_turns",
-    "rope_high_turns",
-    "rope_amplitude",
-    "qk_norm",
-)
+ATTENTION_FIELDS = ("position", *ROTARY_FIELDS, "qk_norm")
 Path = tuple[str, ...]
+# of the new model, below a layer: where the old one has what does the same. The gain of the initial
+# memory stands before keys and values, where a transformer has the scale of its norm
+ALIASES: dict[Path, Path] = {("mixer", "gain"): ("mixer_norm", "scale")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +63,11 @@ def scheme_fields(scheme: str, model: ModelConfig) -> dict[str, Any]:
     if scheme == "recurrent_memory":
         mixer = "softmax" if "softmax" in kinds else "sliding"
         return {"name": "recurrent_memory", "pattern": (), "memory.mixer": mixer}
+    if given.position == "rotary":  # what is left to the layers is then as it was
+        taken = {"memory_position": "none", "score_position": "rotary"}
+        taken |= {n: getattr(given, n) for n in ROTARY_FIELDS}
+        fields = {f"inattention.{name}": value for name, value in taken.items()}
+        return {"name": scheme, "pattern": (), **fields}
     return {"name": scheme, "pattern": ()}
 
 
@@ -76,9 +76,9 @@ def transfer(
 ) -> Transfer:
     """Returns variables of `target` with every weight of `given` that has a counterpart.
 
-    The counterpart of a layer's weight is the weight at the same path below the same layer, if it
-    has the same shape in all layers of its pattern position. A recurrent memory is put around the
-    converted model without it, where it starts without effect (ARMT).
+    The counterpart of a layer's weight is the weight at the same path below the same layer, or at
+    that of ALIASES, if it has the same shape in all layers of its pattern position. A recurrent
+    memory is put around the converted model without it, where it starts without effect (ARMT).
 
     Args:
         source: config of the model that `given` belongs to.
@@ -116,7 +116,10 @@ def match(
             sources = [(path, None)]
         else:
             numbers = _numbers(target)[path[2]]
-            sources = [places.get((path[0], *path[3:], n), ((), None)) for n in numbers]
+            below = path[3:]
+            if (path[0], *below, numbers[0]) not in places:
+                below = ALIASES.get(below, below)
+            sources = [places.get((path[0], *below, n), ((), None)) for n in numbers]
         shape = leaf.shape[1:] if _in_stack(path) else leaf.shape
         parts = [
             old[where] if row is None else old[where][row] for where, row in sources if where in old

@@ -8,6 +8,7 @@ from longctx_jax.models.config_checks import (
     require_one_of,
     require_positive,
 )
+from longctx_jax.models.rotary_config import RotaryConfig
 from longctx_jax.nn.initial_attention import SCORE_POSITIONS
 
 MEMORY_POSITIONS = ("sinusoid", "none")
@@ -16,7 +17,7 @@ COUNTABLE = ("none", "near", "alibi")  # score positions under which old tokens 
 
 
 @dataclasses.dataclass(frozen=True)
-class InAttentionConfig:
+class InAttentionConfig(RotaryConfig):
     """`config.model.inattention`."""
 
     memory_position: str = "sinusoid"
@@ -24,7 +25,6 @@ class InAttentionConfig:
     n_exact: int = 128
     max_distance: int = 4096
     d_rotary: int = 32
-    rope_theta: float = 10_000.0
     d_memory: int = 0
     share_projections: bool = False
     cache: str = "auto"
@@ -37,7 +37,7 @@ class InAttentionConfig:
         require_one_of("inattention.cache", self.cache, CACHES)
         for field in ("n_exact", "max_distance", "d_rotary"):
             require_positive(f"inattention.{field}", getattr(self, field))
-        require_positive("inattention.rope_theta", self.rope_theta)
+        self.check_rotary("inattention.")
         require_not_negative("inattention.d_memory", self.d_memory)
         if self.d_rotary % 2:
             raise ValueError(

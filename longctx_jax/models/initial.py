@@ -42,7 +42,7 @@ from longctx_jax.nn.kv_cache import KVCache, extend, init_kv_cache
 from longctx_jax.nn.mlp import Kernel
 from longctx_jax.nn.norms import RMSNorm
 from longctx_jax.ops.dispatch import Implementation, choose
-from longctx_jax.ops.position import alibi_slopes, rotate, sinusoid
+from longctx_jax.ops.position import RotaryScaling, alibi_slopes, rotate, sinusoid
 from longctx_jax.typing import PRNGKey, PyTree
 
 OUTPUTS = ("all", "last", "none")
@@ -140,6 +140,7 @@ def make_block(config: ModelConfig) -> Block:
         max_distance=c.max_distance,
         d_rotary=c.d_rotary,
         rope_theta=c.rope_theta,
+        rope_scaling=c.rotary_scaling,
         shares_projections=c.share_projections,
         implementation=c.implementation,
         dtype=config.dtype,
@@ -154,6 +155,7 @@ def make_block(config: ModelConfig) -> Block:
         layer_drop=config.layer_drop,
         dtype=config.dtype,
         output_scale=output_scale(config),
+        norm_eps=config.norm_eps,
     )
 
 
@@ -170,6 +172,8 @@ class RowMaker(nn.Module):
     d_memory: int
     d_rotary: int
     rope_theta: float
+    rope_scaling: RotaryScaling
+    norm_eps: float
     dtype: str
 
     @nn.compact
@@ -189,13 +193,15 @@ class RowMaker(nn.Module):
             wide = jnp.promote_types(x.dtype, jnp.float32)
             waves = sinusoid(places, x.shape[-1], self.rope_theta, wide)
             x = (x + gain * waves).astype(x.dtype)
-        memory = RMSNorm(self.dtype, use_scale=False)(x)
+        memory = RMSNorm(self.dtype, self.norm_eps, use_scale=False)(x)
         rows = memory
         if self.d_memory != x.shape[-1]:
             rows = memory @ Kernel(self.d_memory, self.dtype, name="down")(x.shape[-1])
         if self.d_rotary:
             turned = memory @ Kernel(self.d_rotary, self.dtype, name="rotary")(x.shape[-1])
-            turned = rotate(turned[:, :, None], positions, self.rope_theta)[:, :, 0]
+            turned = rotate(turned[:, :, None], positions, self.rope_theta, self.rope_scaling)[
+                :, :, 0
+            ]
             rows = jnp.concatenate([rows, turned], axis=-1)
         return x, rows
 
@@ -203,12 +209,14 @@ class RowMaker(nn.Module):
 def make_row_maker(config: ModelConfig) -> RowMaker:
     """Returns the module; sinusoids start as large as embeddings."""
     c = config.inattention
-    unit = config.d_model**-0.5 if config.tie_embeddings else 1.0
+    unit = config.embed_scale * config.d_model**-0.5
     return RowMaker(
         position_gain=unit if c.memory_position == "sinusoid" else 0.0,
         d_memory=d_memory(config),
         d_rotary=d_rotary(config),
         rope_theta=c.rope_theta,
+        rope_scaling=c.rotary_scaling,
+        norm_eps=config.norm_eps,
         dtype=config.dtype,
     )
 

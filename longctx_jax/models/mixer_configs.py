@@ -10,55 +10,24 @@ from longctx_jax.models.config_checks import (
     require_positive,
     require_probability,
 )
+from longctx_jax.models.rotary_config import RotaryConfig
 from longctx_jax.nn import attention, decay_attention, mamba, rwkv, vq_attention
-from longctx_jax.ops.position import ROTARY_SCALINGS, RotaryScaling
 from longctx_jax.ops.vq.codebook import SMOOTHINGS, STARTS
 from longctx_jax.ops.vq.table import REDUCTIONS
 
 
 @dataclasses.dataclass(frozen=True)
-class _ExactAttentionConfig:
+class _ExactAttentionConfig(RotaryConfig):
     """What full attention and attention in a window have in common."""
 
     position: str = "rotary"
-    rope_theta: float = 10_000.0
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_original_len: int = 0
-    rope_low_turns: float = 1.0
-    rope_high_turns: float = 4.0
-    rope_amplitude: float = 0.0
     qk_norm: bool = False
     implementation: str = "auto"
-
-    @property
-    def rotary_scaling(self) -> RotaryScaling:
-        """How the rotary frequencies change for longer contexts."""
-        return RotaryScaling(
-            self.rope_scaling,
-            self.rope_factor,
-            self.rope_original_len,
-            self.rope_low_turns,
-            self.rope_high_turns,
-            self.rope_amplitude,
-        )
 
     def _check(self, prefix: str) -> None:
         require_integers(self, prefix)
         require_one_of(f"{prefix}position", self.position, attention.POSITIONS)
-        require_positive(f"{prefix}rope_theta", self.rope_theta)
-        require_one_of(f"{prefix}rope_scaling", self.rope_scaling, ROTARY_SCALINGS)
-        for field in ("rope_factor", "rope_low_turns", "rope_high_turns"):
-            require_positive(f"{prefix}{field}", getattr(self, field))
-        require_not_negative(f"{prefix}rope_amplitude", self.rope_amplitude)
-        if self.rope_scaling in ("llama3", "yarn"):
-            require_positive(f"{prefix}rope_original_len", self.rope_original_len)
-            if self.rope_low_turns >= self.rope_high_turns:
-                raise ValueError(
-                    f"config.model.{prefix}rope_low_turns must be below rope_high_turns: got "
-                    f"{self.rope_low_turns} and {self.rope_high_turns}; llama3 has 1 and 4, yarn "
-                    "1 and 32"
-                )
+        self.check_rotary(prefix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ from longctx_jax.ops.attention import (
     merge_partial_attention,
 )
 from longctx_jax.ops.dispatch import platform
-from longctx_jax.ops.position import DistanceBias, alibi_slopes, rotate
+from longctx_jax.ops.position import DistanceBias, RotaryScaling, alibi_slopes, rotate
 from longctx_jax.ops.vocabulary import attend_counts, attend_ids
 from longctx_jax.ops.vq import VQState, vq_attention
 from longctx_jax.ops.vq.table import NO_DOCUMENT, Table
@@ -120,6 +120,7 @@ class InitialAttention(nn.Module):
     max_distance: int
     d_rotary: int
     rope_theta: float
+    rope_scaling: RotaryScaling
     shares_projections: bool
     implementation: str
     dtype: str
@@ -150,11 +151,11 @@ class InitialAttention(nn.Module):
         query = query.reshape(*x.shape[:2], self.n_heads, self.d_key)
         turned = None
         if self.score_position == "rotary":
-            query = rotate(query, sight.query_positions, self.rope_theta)
+            query = rotate(query, sight.query_positions, self.rope_theta, self.rope_scaling)
         elif self.score_position == "decoupled":
             turned = dense(self.n_heads * self.d_rotary, self.dtype, "rotary_query")(x)
             turned = turned.reshape(*x.shape[:2], self.n_heads, self.d_rotary)
-            turned = rotate(turned, sight.query_positions, self.rope_theta)
+            turned = rotate(turned, sight.query_positions, self.rope_theta, self.rope_scaling)
         kernels = sight.shared
         if not self.shares_projections:
             sizes = (self.n_kv_heads, self.d_key, self.d_value)
@@ -396,7 +397,7 @@ class InitialAttention(nn.Module):
         key = jnp.einsum("bsd,dgk->bsgk", content, kernels.key)
         value = jnp.einsum("bsd,dgv->bsgv", content, kernels.value)
         if self.score_position == "rotary":
-            key = rotate(key, jnp.maximum(positions, 0), self.rope_theta)
+            key = rotate(key, jnp.maximum(positions, 0), self.rope_theta, self.rope_scaling)
         elif self.score_position == "decoupled":
             turned = rows[:, :, None, self.d_memory :]
             turned = jnp.broadcast_to(turned, (*key.shape[:3], turned.shape[-1]))

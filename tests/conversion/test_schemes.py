@@ -67,7 +67,7 @@ def all_paths(tree):
     return {"/".join(key.key for key in path) for path, _ in flat}
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "inattention"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_array_is_kept_or_fresh_and_has_its_shape(scheme):
     _, given, target, moved = converted(scheme)
     wanted = jax.eval_shape(target.init, jax.random.key(0))
@@ -78,7 +78,7 @@ def test_every_array_is_kept_or_fresh_and_has_its_shape(scheme):
     assert not set(moved.kept) & set(moved.fresh) and not moved.dropped
     kind = {"recurrent_memory": "armt"}.get(scheme, scheme)
     for path in moved.kept:
-        old = path.replace(f"0_{kind}", "0_softmax")
+        old = path.replace(f"0_{kind}", "0_softmax").replace("mixer/gain", "mixer_norm/scale")
         assert np.array_equal(leaf_of(moved.variables, path), leaf_of(given, old))
     assert f"params/stack/0_{kind}/mixer/query/kernel" in moved.kept
     assert {"params/embed/table", "params/norm/scale"} <= set(moved.kept)
@@ -106,6 +106,16 @@ def test_a_memory_starts_without_effect():
     """Within a segment an ARMT computes what attention does with memory tokens behind it."""
     source, given, target, moved = converted("recurrent_memory")
     tokens = jnp.arange(4)[None]
+    logits = [m.apply(v, tokens).logits for m, v in ((source, given), (target, moved.variables))]
+    assert_close(logits[1], logits[0], rel_rms=1e-6)
+
+
+def test_one_layer_of_a_transformer_is_one_of_inattention():
+    """Keys and values of the first layer come from embeddings in both; the norm is the gain."""
+    source, given, target = models("inattention", {"n_layers": 1}, {})
+    moved = transfer(source.config, given, target, jax.random.key(1))
+    assert not moved.fresh and not moved.dropped
+    tokens = jnp.arange(9)[None]
     logits = [m.apply(v, tokens).logits for m, v in ((source, given), (target, moved.variables))]
     assert_close(logits[1], logits[0], rel_rms=1e-6)
 
@@ -142,7 +152,11 @@ def test_fields_that_both_have_go_along():
     assert scheme_fields("recurrent_memory", model)["memory.mixer"] == "softmax"
     windowed = build_model(nested(FIELDS, {"pattern": ("sliding",)})).config
     assert scheme_fields("recurrent_memory", windowed)["memory.mixer"] == "sliding"
-    assert scheme_fields("inattention", model) == {"name": "inattention", "pattern": ()}
+    fields = scheme_fields("inattention", model)
+    assert fields["inattention.score_position"] == "rotary"
+    assert fields["inattention.rope_factor"] == 2.0
+    relative = build_model(nested(FIELDS, {"softmax.position": "relative"})).config
+    assert scheme_fields("inattention", relative) == {"name": "inattention", "pattern": ()}
 
 
 @pytest.mark.parametrize("changes", [{"name": "decay"}, {"pattern": ("rwkv",)}], ids=str)
