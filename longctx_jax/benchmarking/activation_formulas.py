@@ -1,0 +1,244 @@
+"""What a compiled call holds beside its arguments and results, by formula: its temporaries.
+
+Unlike caches and parameters this is an estimate: the compiler decides. What it was seen to do, and
+what is counted, at the widest point of a call (docs/memory_accounting.md has the accuracy):
+
+    new cache     the loop over layers writes the caches anew, so a donated cache exists twice
+                  while it runs, and a third time in the loop over tokens
+    weights       of one repeat of the pattern, cut out of the stack, in the dtype of products
+    layer cache   of one repeat: cut out, and keys (or values) once more in another order; twice
+                  that where attention goes through blocks of keys
+    activations   rows of one layer's widest half: projections, or the MLP's middle; scores of
+                  exact attention twice in float32 (the scores, and their exponentials), and
+                  those within chunks of decay and Mamba-2
+    output        the output matrix in the dtype of products, for as long as the loop runs
+    other stacks  staggered stacks one after another: their weights and one stack's caches, taken
+                  out of the arrays that hold all stacks
+
+Numbers of rows are those of the forms that "auto" takes off a GPU.
+"""
+
+from collections.abc import Callable
+
+from longctx_jax.benchmarking.cache_formulas import (
+    Terms,
+    cache_bytes,
+    cache_terms,
+    number_bytes,
+    state_bytes,
+)
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.stack import MIXERS, mixer_kind
+from longctx_jax.models.staggered_state import decodes_in_lanes
+from longctx_jax.ops.attention import DENSE_MAX_SCORES, KEY_BLOCK_LEN, MIN_BAND_LEN
+
+PROGRAMS = ("prefill", "step", "loop")
+RESLICED = 1.5  # of a layer's cache: taken out of the stack, and its keys laid out anew
+SCORE_COPIES = 2  # of scores, float32: before and after the exponential
+
+
+def temporary_terms(
+    config: ModelConfig,
+    program: str,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_len: int,
+    layer_numbers: int,
+) -> Terms:
+    """Returns the estimated bytes of a call's temporaries by what they hold.
+
+    Args:
+        config: with its pattern filled in.
+        program: "prefill" (seq_len tokens, the cache donated), "step" (the same of one token) or
+            "loop" (the loop over tokens of `decoding.generate`).
+        batch_size: rows.
+        seq_len: tokens of the call; 1 in a step or a loop.
+        max_len: of the cache.
+        layer_numbers: parameters of all layers, staggered ones' cross-attention included.
+    """
+    seq_len = seq_len if program == "prefill" else 1
+    cache = cache_bytes(config, batch_size, max_len)
+    is_staggered = config.name == "stagformer"
+    stag = config.stagformer
+    in_lanes = is_staggered and decodes_in_lanes(config) and seq_len == 1
+    n_repeats = config.n_layers // len(config.pattern)
+    n_cells = n_repeats  # repeats of the pattern in the arrays that a loop over layers walks along
+    if is_staggered and (in_lanes or stag.share_weights):
+        n_cells = n_repeats // stag.n_stacks
+    terms = {
+        "new_cache": _cache_copies(config, program) * cache,
+        "weights": layer_numbers // n_cells * number_bytes(config),
+        "layer_cache": _layer_cache(config, batch_size, seq_len, max_len, n_repeats),
+        "activations": batch_size * _widest(config, seq_len, max_len),
+    }
+    if in_lanes:
+        terms["layer_cache"] *= stag.n_stacks
+        terms["activations"] *= stag.n_stacks
+    elif is_staggered and seq_len > 1:
+        weights = 0 if stag.share_weights else layer_numbers * number_bytes(config)
+        terms["other_stacks"] = weights + cache // stag.n_stacks
+    if program == "loop" and config.dtype != "float32":
+        terms["output"] = config.d_model * config.vocab_size * number_bytes(config)
+    return terms
+
+
+def _cache_copies(config: ModelConfig, program: str) -> int:
+    """Returns how often a call holds caches beside its argument."""
+    copies = {"prefill": 1, "step": 1, "loop": 2}[program]
+    if config.recurrence != "none" and program == "prefill":
+        copies += 1  # the attention caches that the next segment starts with
+    elif config.recurrence == "rmt":
+        copies += 1  # both outcomes of whether the segment ends here
+    return copies
+
+
+def _layer_cache(
+    config: ModelConfig, batch_size: int, seq_len: int, max_len: int, n_repeats: int
+) -> int:
+    """Returns the bytes of one repeat's caches while it is at work on them."""
+    resliced = RESLICED
+    capacity = max((_ring_len(config, kind, max_len) for kind in config.pattern), default=0)
+    if seq_len > 1 and min(seq_len, capacity - 1) * capacity > DENSE_MAX_SCORES:
+        resliced *= 2
+    terms = cache_terms(config, batch_size, max_len)
+    return int(resliced * sum(terms.values())) // n_repeats
+
+
+def _ring_len(config: ModelConfig, kind: str, max_len: int) -> int:
+    """Returns how many tokens the ring of exact attention in a layer holds; 0 = it has none."""
+    mixer = mixer_kind(config, kind)
+    if mixer not in ("softmax", "sliding"):
+        return 0
+    if config.recurrence != "none" and (config.recurrence != "armt" or kind == "armt"):
+        max_len = config.memory.segment_len + 2 * config.memory.n_memory_tokens
+    return min(config.sliding.window_len, max_len) if mixer == "sliding" else max_len
+
+
+def _widest(config: ModelConfig, seq_len: int, max_len: int) -> int:
+    """Returns the bytes of activations at the widest point of a layer, one row of the batch."""
+    if config.recurrence != "none" and seq_len > 1:
+        seq_len = min(seq_len, config.memory.segment_len) + 2 * config.memory.n_memory_tokens
+    halves = [seq_len * mlp_numbers(config) * number_bytes(config)]
+    for kind in config.pattern:
+        mixer = mixer_kind(config, kind)
+        if mixer not in ROW_NUMBERS or mixer not in SCORE_NUMBERS:
+            raise ValueError(
+                f"activation formulas know the mixers {sorted(ROW_NUMBERS)}: got {mixer!r} in "
+                f"config.model.pattern={config.pattern}; add it to ROW_NUMBERS and SCORE_NUMBERS "
+                "in longctx_jax/benchmarking/activation_formulas.py"
+            )
+        rows = seq_len * ROW_NUMBERS[mixer](config) * number_bytes(config)
+        scores = SCORE_NUMBERS[mixer](config, seq_len, _ring_len(config, kind, max_len))
+        halves.append(rows + scores * state_bytes(config))
+    return max(halves)
+
+
+def mlp_numbers(config: ModelConfig) -> int:
+    """Returns the numbers a token that the MLP's middle holds."""
+    return 0 if config.mlp == "none" else config.d_ff
+
+
+def _heads(config: ModelConfig) -> int:
+    inputs = config.n_heads * config.d_key + config.n_kv_heads * (config.d_key + config.d_value)
+    return inputs + config.n_heads * config.d_value
+
+
+def _decay_rows(config: ModelConfig) -> int:
+    gate = 0 if config.decay.gate == "none" else config.n_heads * config.d_value
+    return _heads(config) + gate
+
+
+def _vq_rows(config: ModelConfig) -> int:
+    gate = 0 if config.vq.gate == "none" else config.n_heads * config.d_value
+    return _heads(config) + gate
+
+
+def _rwkv_rows(config: ModelConfig) -> int:
+    """Version 4: three shifted inputs, their products, the average; 6: five, and the decay."""
+    return (7 if config.rwkv.version == 4 else 13) * config.d_model
+
+
+def _mamba_rows(config: ModelConfig) -> int:
+    """Input before and after the convolution and the gate; version 2 scans chunks of heads too."""
+    return (3 if config.mamba.version == 1 else 5) * MIXERS["mamba"](config).d_inner
+
+
+def _softmax_scores(config: ModelConfig, seq_len: int, ring_len: int) -> int:
+    """Returns scores of the tokens among themselves, or onto the ring, whichever are more."""
+    own = 0 if seq_len == 1 else _pairs(seq_len, seq_len)
+    n_reaching = min(seq_len, max(1, ring_len - 1))
+    return SCORE_COPIES * config.n_heads * max(own, _pairs(n_reaching, ring_len))
+
+
+def _sliding_scores(config: ModelConfig, seq_len: int, ring_len: int) -> int:
+    """Returns those of tiles of a window, each against two, or of the ring."""
+    tile = max(config.sliding.window_len, MIN_BAND_LEN)
+    if seq_len <= 2 * tile:
+        return _softmax_scores(config, seq_len, ring_len)
+    own = -(-seq_len // tile) * tile * 2 * tile
+    n_reaching = min(seq_len, max(1, ring_len - 1))
+    return SCORE_COPIES * config.n_heads * max(own, _pairs(n_reaching, ring_len))
+
+
+def _pairs(n_queries: int, n_keys: int) -> int:
+    """Returns the pairs whose scores exist at once: all, or those of a block of keys."""
+    if n_queries * n_keys <= DENSE_MAX_SCORES:
+        return n_queries * n_keys
+    return n_queries * min(n_keys, KEY_BLOCK_LEN)
+
+
+def _vq_scores(config: ModelConfig, seq_len: int, ring_len: int) -> int:
+    """Returns those of a block onto the window, itself and the codes, for all blocks of a call."""
+    del ring_len
+    vq = config.vq
+    block = min(vq.block_len or vq.window_len, seq_len)
+    n_codes = vq.codebook_size if vq.use_table else 0
+    return config.n_heads * seq_len * (vq.window_len + block + n_codes)
+
+
+def _decay_scores(config: ModelConfig, seq_len: int, ring_len: int) -> int:
+    del ring_len
+    state = config.d_key * config.d_value
+    return config.n_heads * _chunked(seq_len, config.decay.chunk_len, state)
+
+
+def _mamba_scores(config: ModelConfig, seq_len: int, ring_len: int) -> int:
+    """Returns none for version 1, which scans channels."""
+    del ring_len
+    mixer = MIXERS["mamba"](config)
+    if mixer.version == 1:
+        return 0
+    state = mixer.d_state * mixer.head_len
+    return mixer.d_inner // mixer.head_len * _chunked(seq_len, mixer.chunk_len, state)
+
+
+def _chunked(seq_len: int, chunk_len: int, state: int) -> int:
+    """Returns a head's scores within chunks, with decays and without, and a state a chunk."""
+    if seq_len == 1:
+        return 0
+    return SCORE_COPIES * seq_len * min(seq_len, chunk_len) + -(-seq_len // chunk_len) * state
+
+
+def _no_scores(config: ModelConfig, seq_len: int, ring_len: int) -> int:
+    del config, seq_len, ring_len
+    return 0
+
+
+# Mixer -> numbers a token in dtype; numbers of scores, from (config, tokens, slots of the ring).
+ROW_NUMBERS: dict[str, Callable[[ModelConfig], int]] = {
+    "softmax": _heads,
+    "sliding": _heads,
+    "decay": _decay_rows,
+    "vq": _vq_rows,
+    "rwkv": _rwkv_rows,
+    "mamba": _mamba_rows,
+}
+SCORE_NUMBERS: dict[str, Callable[[ModelConfig, int, int], int]] = {
+    "softmax": _softmax_scores,
+    "sliding": _sliding_scores,
+    "decay": _decay_scores,
+    "vq": _vq_scores,
+    "rwkv": _no_scores,
+    "mamba": _mamba_scores,
+}
