@@ -50,6 +50,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "stagformer": {"cross_cache": "memory", "cross_position": "none"},
     },
     "stagformer_window": {"name": "stagformer", "stagformer": {"cross_window": 512}},
+    "inattention": {"name": "inattention", "inattention": {"cache": "embedding"}},
+    "inattention_narrow": {
+        "name": "inattention",
+        "inattention": {"cache": "embedding", "d_memory": 512},
+    },
+    "inattention_ids": {"name": "inattention", "inattention": {"cache": "ids"}},
+    "inattention_counts": {
+        "name": "inattention",
+        "inattention": {"memory_position": "none", "score_position": "near", "cache": "counts"},
+    },
 }
 
 

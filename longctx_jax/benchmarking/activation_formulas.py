@@ -28,13 +28,17 @@ from longctx_jax.benchmarking.cache_formulas import (
     state_bytes,
 )
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.initial import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import MIXERS, mixer_kind
 from longctx_jax.models.staggered_state import decodes_in_lanes
+from longctx_jax.nn.initial_attention import TILE_LEN
 from longctx_jax.ops.attention import DENSE_MAX_SCORES, KEY_BLOCK_LEN, MIN_BAND_LEN
 
 PROGRAMS = ("prefill", "step", "loop")
 RESLICED = 1.5  # of a layer's cache: taken out of the stack, and its keys laid out anew
 SCORE_COPIES = 2  # of scores, float32: before and after the exponential
+ROW_COPIES = 3  # of a tile of rows made of ids: embeddings, with positions, normed
+ROW_SCORE_COPIES = 3  # of scores of rows: those of other attention, and the bias
 
 
 def temporary_terms(
@@ -59,6 +63,8 @@ def temporary_terms(
     """
     seq_len = seq_len if program == "prefill" else 1
     cache = cache_bytes(config, batch_size, max_len)
+    if config.name == "inattention":
+        return _initial_terms(config, program, batch_size, max_len, cache, layer_numbers)
     is_staggered = config.name == "stagformer"
     stag = config.stagformer
     in_lanes = is_staggered and decodes_in_lanes(config) and seq_len == 1
@@ -81,6 +87,41 @@ def temporary_terms(
     if program == "loop" and config.dtype != "float32":
         terms["output"] = config.d_model * config.vocab_size * number_bytes(config)
     return terms
+
+
+def _initial_terms(
+    config: ModelConfig,
+    program: str,
+    batch_size: int,
+    max_len: int,
+    cache: int,
+    layer_numbers: int,
+) -> Terms:
+    """Returns those of a model whose layers read one memory: one token passes through them.
+
+    The memory is written in place, but for the loop's argument, which stays; what is made of it is
+    scores (of rows), a tile of rows (of ids), or tables by id.
+    """
+    kind, size = choose_cache(config, max_len), number_bytes(config)
+    heads, vocab, width = config.n_heads, config.vocab_size, d_memory(config) + d_rotary(config)
+    is_table = config.inattention.memory_position == "none" and not d_rotary(config)
+    made = {
+        "kv": RESLICED * cache / config.n_layers + SCORE_COPIES * heads * max_len * 4,
+        "embedding": ROW_SCORE_COPIES * batch_size * heads * max_len * state_bytes(config),
+        "ids": batch_size * ROW_COPIES * min(TILE_LEN, max_len) * width * size,
+        "counts": 0,
+    }
+    if is_table and kind in ("ids", "counts"):
+        tables = config.d_model + d_memory(config)
+        tables += config.n_kv_heads * (config.d_key + config.d_value)
+        scores = max_len if kind == "ids" else vocab
+        made[kind] = vocab * tables * size + SCORE_COPIES * batch_size * heads * scores * 4
+    copies = {"prefill": 0, "step": 0, "loop": 1}[program] + (kind == "kv")
+    return {
+        "new_cache": copies * cache,
+        "weights": layer_numbers // config.n_layers * size,
+        "activations": int(made[kind]),
+    }
 
 
 def _cache_copies(config: ModelConfig, program: str) -> int:

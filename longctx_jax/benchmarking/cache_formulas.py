@@ -14,6 +14,8 @@ number of `dtype`, and s those of a state (4, or 8 with float64), a row of the b
     rmt                the mixer's of T + 2 M tokens; M d w + 4 once a model
     stagformer         the mixer's; C H_kv (K + V) w + 8 C + 4 a layer of an upper stack, or
                        C d w + 8 C + 4 once a stack (cross_cache "memory"); d w + 1 at the top
+    inattention        8, and, once a model: C (d_memory + d_rotary) w (embedding), C i (ids, of i
+                       bytes), n_exact i + V s or H V s (counts); kv: as softmax, or once
 
 and a model 8 (its last segment id and document), with memory between segments 4 more. A mixer that
 is missing here is an error that names it: add its function to `MIXER_TERMS`.
@@ -25,14 +27,19 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.initial import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import MIXERS, mixer_kind
 from longctx_jax.nn.blocks import RECURRENT_MLPS
+from longctx_jax.nn.initial_memory import id_dtype
 
 Terms = dict[str, int]  # bytes by what they hold, in the order of `TERMS`
 # keys and values; what says where slots stand in the stream; matrices and averages of fixed size;
 # the last inputs of shifts and convolutions; codes and means of quantised keys; memory tokens; what
-# a staggered stack keeps of the one below
-TERMS = ("keys", "values", "slots", "state", "history", "codes", "table", "tokens", "cross")
+# a staggered stack keeps of the one below; embeddings, token ids, and how often ids occurred
+TERMS = (
+    *("keys", "values", "slots", "state", "history", "codes", "table", "tokens", "cross"),
+    *("rows", "ids", "counts"),
+)
 INT = 4  # bytes of an int32
 
 
@@ -216,6 +223,27 @@ def staggered_terms(config: ModelConfig, max_len: int) -> Terms:
     return dict(total)
 
 
+def initial_terms(config: ModelConfig, max_len: int) -> Terms:
+    """Returns the one memory of all layers in the form that the config chooses, or keys a layer."""
+    kind, width = choose_cache(config, max_len), d_rotary(config)
+    slots = {"slots": 2 * INT}  # position, start of the document
+    if kind == "kv":
+        n = 1 if config.inattention.share_projections else config.n_layers
+        ring = _times(n, ring_terms(config, max_len))
+        ring["keys"] += n * max_len * config.n_kv_heads * width * number_bytes(config)
+        return dict(ring + collections.Counter(slots))
+    if kind == "embedding":
+        return slots | {"rows": max_len * (d_memory(config) + width) * number_bytes(config)}
+    id_bytes = jnp.dtype(id_dtype(config.vocab_size)).itemsize
+    if kind == "ids":
+        return slots | {"ids": max_len * id_bytes}
+    position = config.inattention.score_position
+    window = config.inattention.n_exact if position == "near" else 0
+    n_rows = config.n_heads if position == "alibi" else 1
+    counts = n_rows * config.vocab_size * state_bytes(config)
+    return slots | {"ids": window * id_bytes, "counts": counts}
+
+
 def _times(n: int, terms: Terms) -> collections.Counter[str]:
     return collections.Counter({name: n * value for name, value in terms.items()})
 
@@ -236,4 +264,5 @@ FAMILIES: dict[str, Callable[[ModelConfig, int], Terms]] = {
     "decay": plain_terms,
     "recurrent_memory": recurrent_terms,
     "stagformer": staggered_terms,
+    "inattention": initial_terms,
 }

@@ -166,7 +166,7 @@ def make_program(
 
 def _read(model: Decoder, variables: Any, tokens: jax.Array, cache: Any) -> Any:
     """One piece of a prompt, however long: `decode_suite.prefill` would cut it at PREFILL_LEN."""
-    out = model.hidden(variables, tokens, cache)
+    out = model.hidden(variables, tokens, cache, outputs="last")
     logits = out.hidden[:, -1] @ model.unembedding(variables)
     return logits.astype(jnp.float32), out.cache
 

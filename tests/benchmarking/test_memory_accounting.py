@@ -42,6 +42,19 @@ CASES["armt_among_others"] = {"pattern": ("armt", "softmax"), "memory": MEMORY |
 for variant, stag in STAGGERED.items():
     sizes = {"n_layers": 2 * stag.get("n_stacks", 2), "n_kv_heads": 1}
     CASES[f"stagformer_{variant}"] = {"name": "stagformer", **sizes, "stagformer": stag}
+NEAR = {"memory_position": "none", "score_position": "near"}
+INITIAL = {
+    "kv": {"cache": "kv"},
+    "shared_decoupled": {"cache": "kv", "share_projections": True, "score_position": "decoupled"},
+    "embedding": {"cache": "embedding", "score_position": "decoupled", "d_rotary": 4},
+    "narrow": {"cache": "embedding", "d_memory": 6},
+    "ids": {"cache": "ids"},
+    "counts": NEAR | {"cache": "counts"},
+    "counts_alibi": {"memory_position": "none", "score_position": "alibi", "cache": "counts"},
+}
+for variant, options in INITIAL.items():
+    sizes = {"name": "inattention", "n_kv_heads": 1}
+    CASES[f"inattention_{variant}"] = sizes | {"inattention": {"n_exact": 3} | options}
 # Small models, at whose sizes no constant of the formulas was chosen.
 SMALL = {"n_layers": 4, "d_model": 128, "n_heads": 4, "vocab_size": 512}
 PLANNED = {
@@ -55,6 +68,9 @@ PLANNED = {
     "armt": {"name": "recurrent_memory", "memory": {"segment_len": 128}},
     "rmt": {"name": "recurrent_memory", "memory": {"segment_len": 128, "kind": "rmt"}},
     "stagformer": {"name": "stagformer"},
+    "inattention": {"name": "inattention", "inattention": {"cache": "embedding"}},
+    "inattention_ids": {"name": "inattention", "inattention": {"cache": "ids"}},
+    "inattention_counts": {"name": "inattention", "inattention": NEAR | {"cache": "counts"}},
 }
 
 
@@ -98,6 +114,10 @@ def test_known_sizes_of_the_1b_shape():
         ("decay_wide", 131_072, ("state",)): 16,
         ("armt", 131_072, ("state",)): 16 * 4 * 384 * 2049 / 2**20,
         ("vq", 131_072, ("keys", "values")): 64,  # 4 L d W of a ring of one block
+        ("inattention", 131_072, ("rows",)): 512,  # 2 d T, whatever L
+        ("inattention_narrow", 131_072, ("rows",)): 128,
+        ("inattention_ids", 131_072, ("ids",)): 0.25,  # two bytes an id of 32,000
+        ("inattention_counts", 2**20, ("counts",)): 32_000 * 4 / 2**20,
     }
     for (name, context_len, parts), expected in known.items():
         config = build_model(memory_1b.get_config(name).model).config
