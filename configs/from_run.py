@@ -6,7 +6,6 @@ changed as always, --config.train.n_steps=1000; those of config.model must stay.
 
 import json
 import pathlib
-from typing import Any
 
 import ml_collections
 
@@ -24,13 +23,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             f"the config needs the folder of a run: {path} does not exist; write "
             "--config=configs/from_run.py:RUN_FOLDER"
         )
-    config.update(_with_tuples(json.loads(path.read_text())))
+    config.update(json.loads(path.read_text()))  # lists become the tuples they were
     config.train.init_from = arg
     return config
-
-
-def _with_tuples(tree: Any) -> Any:
-    """Returns what JSON holds as a config has it: lists are tuples."""
-    if isinstance(tree, dict):
-        return {name: _with_tuples(value) for name, value in tree.items()}
-    return tuple(tree) if isinstance(tree, list) else tree
