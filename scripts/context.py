@@ -5,6 +5,7 @@ start with an empty cache, so a length is the most that any token can look back 
 line a run and length, and draws FILE with .png.
 """
 
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -42,6 +43,17 @@ def vq_fields(model: Any) -> dict[str, Any]:
     return fields | {"vq_window_len": vq.window_len, "gate": vq.gate}
 
 
+def variant_fields(model: Any) -> dict[str, Any]:
+    """Returns the scheme, its sizes, and which of its options are not the defaults."""
+    fields = {"model": model.name, "n_layers": model.n_layers, "n_kv_heads": model.n_kv_heads}
+    if model.name not in ("stagformer", "inattention"):
+        return fields
+    own = getattr(model, model.name)
+    values = {f.name: (getattr(own, f.name), f.default) for f in dataclasses.fields(own)}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    return fields | {"variant": changed}
+
+
 def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
     """Returns a row a length of the run in `folder`."""
     import jax
@@ -67,6 +79,8 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
             "pattern": model.pattern,
             "decay_kind": model.decay.kind if "decay" in model.pattern else "",
             **vq_fields(model),
+            **variant_fields(model),
+            "seed": config.train.seed,
             "context_len": length,
             **result,
             "step": run.step,

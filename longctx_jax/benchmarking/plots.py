@@ -4,6 +4,7 @@ Pure functions from records (see `longctx_jax.training.metrics`) or rows to matp
 files are read and no display or global pyplot state is touched.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ LABELS = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
 }
+N_COLORS = 10  # of the cycle; further lines are dashed
 _MAX_INSIDE_LEGEND = 4  # more runs than this get their legend below the panels
 
 
@@ -243,11 +245,12 @@ def _colors(n: int) -> list[Any]:
 
 
 def draw_context_curves(rows: Records) -> Figure:
-    """Bits per byte by context length, a panel a text, a line a model.
+    """Bits per byte by context length, a panel a text, a line a model; bars from seed to seed.
 
     Args:
         rows: of scripts.context: data, pattern, decay_kind, context_len, bits_per_byte,
-            train_seq_len; of models with quantised keys also vq_codebook_size, vq_use_table, gate.
+            train_seq_len; of models with quantised keys also vq_codebook_size, vq_use_table, gate;
+            model, n_layers, n_kv_heads and variant where they tell models apart.
 
     Raises:
         ValueError: if there are no rows.
@@ -257,15 +260,23 @@ def draw_context_curves(rows: Records) -> Figure:
     texts = list(dict.fromkeys(row["data"] for row in rows))
     figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained", dpi=120)
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
-    labels = list(dict.fromkeys(map(_context_label, rows)))
+    sizes = [f for f in ("n_layers", "n_kv_heads") if len({row.get(f) for row in rows}) > 1]
+    label_of = functools.partial(_context_label, sizes=sizes)
+    labels = list(dict.fromkeys(map(label_of, rows)))
     for axes, text in zip(panels, texts, strict=True):
         for color, label in enumerate(labels):
-            own = [r for r in rows if r["data"] == text and _context_label(r) == label]
-            own.sort(key=lambda row: row["context_len"])
-            lengths = [row["context_len"] for row in own]
-            axes.plot(
-                lengths, [r["bits_per_byte"] for r in own], "o-", color=f"C{color}", label=label
-            )
+            found: dict[int, list[float]] = {}
+            for row in rows:
+                if row["data"] == text and label_of(row) == label:
+                    found.setdefault(row["context_len"], []).append(row["bits_per_byte"])
+            lengths = sorted(found)
+            mean = [sum(found[n]) / len(found[n]) for n in lengths]
+            low = [m - min(found[n]) for m, n in zip(mean, lengths, strict=True)]
+            high = [max(found[n]) - m for m, n in zip(mean, lengths, strict=True)]
+            style = "o-" if color < N_COLORS else "s--"
+            axes.plot(lengths, mean, style, color=f"C{color}", label=label)
+            if any(len(values) > 1 for values in found.values()):
+                axes.errorbar(lengths, mean, yerr=[low, high], fmt="none", color=f"C{color}")
         axes.axvline(rows[0]["train_seq_len"], color="0.6", linestyle=":", label="training window")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -273,11 +284,18 @@ def draw_context_curves(rows: Records) -> Figure:
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("bits per byte")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if len(labels) <= 2 * _MAX_INSIDE_LEGEND:
+            axes.legend(fontsize=8)
+    if len(labels) > 2 * _MAX_INSIDE_LEGEND:
+        figure.set_size_inches(5.2 * len(texts) + 4.5, 4.2)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
-def _context_label(row: Mapping[str, Any]) -> str:
+def _context_label(row: Mapping[str, Any], sizes: Sequence[str]) -> str:
+    if row.get("model") in ("stagformer", "inattention"):
+        changed = [f"{name}={value}" for name, value in row["variant"].items()]
+        return ", ".join([row["model"], *changed])
     kinds = list(dict.fromkeys(row["pattern"]))
     name = "-".join(row["pattern"]) if len(kinds) > 1 else kinds[0]
     told = [row["decay_kind"]] if row["decay_kind"] else []
@@ -287,4 +305,5 @@ def _context_label(row: Mapping[str, Any]) -> str:
             told.append("gated")
     if not row.get("train_carries_cache", True):
         told.append("trained in cold windows")
+    told += [f"{row[field]} {field.removeprefix('n_')}" for field in sizes if field in row]
     return f"{name} ({', '.join(told)})" if told else name

@@ -102,6 +102,20 @@ def test_context_figure_has_a_panel_a_text_and_a_line_a_model():
         plots.draw_context_curves([])
 
 
+def test_context_figure_tells_options_and_depths_apart_and_joins_seeds():
+    def row(model, n_layers, bits, **variant):
+        shared = {"data": "a", "pattern": ["softmax"], "decay_kind": "", "train_seq_len": 512}
+        sizes = {"model": model, "n_layers": n_layers, "n_kv_heads": 2, "context_len": 512}
+        return shared | sizes | {"variant": variant, "bits_per_byte": bits}
+
+    rows = [row("transformer", 12, 2.0), row("transformer", 6, 2.1)]
+    rows += [row("stagformer", 12, bits, n_stacks=3) for bits in (2.0, 3.0)]
+    (axes,) = plots.draw_context_curves(rows).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines)[:2] == ["softmax (12 layers)", "softmax (6 layers)"]
+    assert list(lines["stagformer, n_stacks=3"].get_ydata()) == [2.5]
+
+
 def test_context_figure_tells_quantised_models_apart():
     def row(pattern, length, **fields):
         shared = {"data": "a", "pattern": [pattern], "decay_kind": "", "train_seq_len": 512}

@@ -72,6 +72,18 @@ def test_a_config_from_a_run_is_the_runs(tmp_path):
         from_run.get_config("nowhere")
 
 
+def test_longer_context_changes_the_rows_and_takes_the_weights(tmp_path):
+    """The number of tokens an update stays, as far as one row allows."""
+    before = importlib.import_module("configs.inattention_quality").get_config()
+    before.data.global_batch_size = 32
+    (tmp_path / "config.json").write_text(before.to_json())
+    config = importlib.import_module("configs.longer_context").get_config(str(tmp_path))
+    assert config.train.init_from == str(tmp_path)
+    assert (config.data.seq_len, config.data.global_batch_size) == (8192, 2)
+    assert (config.train.loss_positions, config.model.to_dict()) == (1024, before.model.to_dict())
+    assert config.optim.learning_rate == pytest.approx(before.optim.learning_rate / 10)
+
+
 PUBLISHED = {  # counted by instantiating the published code, codebooks included
     "configs.enwik8.transformer_vq_190m": 187_679_750,
     "configs.pg19.transformer_vq_1b3": 1_314_659_584,
