@@ -8,6 +8,7 @@ line a run and length, and draws FILE with .png.
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -54,8 +55,8 @@ def variant_fields(model: Any) -> dict[str, Any]:
     return fields | {"variant": changed}
 
 
-def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
-    """Returns a row a length of the run in `folder`."""
+def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """Yields a row a length of the run in `folder`."""
     import jax
 
     from longctx_jax import data
@@ -64,7 +65,6 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
     run = assembly.restore_run(str(folder))
     config, model = run.config, run.model.config
     stream = data.load_source(config.data)[_SPLIT.value]
-    rows = []
     for length in lengths:
         config.eval.batch_size = max(1, _MAX_BYTES.value // length)
         config.eval.cache_len = length
@@ -90,8 +90,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
             "n_parameters": sum(x.size for x in jax.tree.leaves(run.variables["params"])),
         }
         print(f"{folder.name} context {length}: {row['bits_per_byte']:.4f}", file=sys.stderr)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main(arguments: list[str]) -> None:
@@ -106,9 +105,9 @@ def main(arguments: list[str]) -> None:
     out = pathlib.Path(_OUT.value)
     rows = []
     for folder in common.find_runs(arguments):
-        measured = [row | fields for row in measure(folder, lengths)]
-        timing.write_rows(out, measured)
-        rows += measured
+        for row in measure(folder, lengths):
+            timing.write_rows(out, [row | fields])
+            rows.append(row | fields)
     picture = out.with_suffix(".png")
     plots.draw_context_curves(rows).savefig(picture)
     print(f"wrote {len(rows)} rows to {out}, and {picture}")
