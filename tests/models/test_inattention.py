@@ -32,8 +32,8 @@ CASES = [  # variant, cache; the first of each cache also runs in the fast suite
     ("default", "embedding", True),
     ("near", "ids", True),
     ("near", "counts", True),
-    ("default", "ids", True),
-    ("alibi", "counts", True),
+    ("default", "ids", False),
+    ("alibi", "counts", False),
     ("default", "kv", False),
     ("decoupled", "embedding", False),
     ("decoupled", "ids", False),
@@ -231,11 +231,11 @@ def test_ids_as_codes_of_vector_quantised_attention(monkeypatch):
     assert_close(np.concatenate(logits, axis=1), expected, rel_rms=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [("near", "counts"), *(pytest.param(*case, marks=pytest.mark.slow)
-     for case in (("default", "embedding"), ("alibi", "counts"), ("default", "ids")))],
-)  # fmt: skip
+    [("near", "counts"), ("default", "embedding"), ("alibi", "counts"), ("default", "ids")],
+)
 def test_long_calls_in_segments(name, cache):
     """config.model.segment_len: the same values and gradients, in time linear in the length."""
     with jax.enable_x64(True):
