@@ -245,11 +245,11 @@ def _lines(axes: Axes, rows: Rows, x: str, y: str) -> None:
             marker = "o" if color < N_COLORS else "s"
             axes.plot(*points, marker=marker, color=f"C{color}", linestyle=style, label=label)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
     axes.set_yscale("log")
     axes.set_xlabel("tokens a row" if x == "seq_len" else "context (tokens)")
     axes.set_ylabel(units[y])
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8 if len(axes.lines) <= N_COLORS else 5)
 
 
 def _cell(value: Any) -> str:

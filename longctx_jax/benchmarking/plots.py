@@ -74,9 +74,11 @@ def draw_training_curves(
     below.set_ylabel(LABELS.get(panel, panel))
     below.set_xlabel(LABELS.get(x, x))
     if x == "tokens":
-        below.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M rather than 0.2 and 1e7
+        below.xaxis.set_major_formatter(
+            EngFormatter(sep="", places=0)
+        )  # 2M rather than 0.2 and 1e7
     if panel == "tokens_per_s":
-        below.yaxis.set_major_formatter(EngFormatter(sep=""))
+        below.yaxis.set_major_formatter(EngFormatter(sep="", places=0))
     if panel != "learning_rate":
         below.set_ylim(bottom=0)
     else:
@@ -279,7 +281,7 @@ def draw_context_curves(rows: Records) -> Figure:
                 axes.errorbar(lengths, mean, yerr=[low, high], fmt="none", color=f"C{color}")
         axes.axvline(rows[0]["train_seq_len"], color="0.6", linestyle=":", label="training window")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
         axes.set_title(text, fontsize=10)
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("bits per byte")
