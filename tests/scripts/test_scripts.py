@@ -126,6 +126,40 @@ def test_a_model_with_state_trains_resumes_evaluates_and_samples(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+CARRIED = {  # caches that are no stack of layers: carried along the stripes, and saved
+    "stagformer": {"model.n_layers": 2, "model.stagformer.n_stacks": 2},
+    "counts": {
+        "model.name": "inattention",
+        "model.inattention.memory_position": "none",
+        "model.inattention.score_position": "near",
+        "model.inattention.n_exact": 5,
+        "model.inattention.cache": "counts",
+    },
+    "embedding": {"model.name": "inattention", "model.inattention.cache": "embedding"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_model_with_one_cache_trains_resumes_evaluates_and_samples(name, tmp_path):
+    fields = {"model.name": name} | CARRIED[name] | {"train.n_microbatches": 2}
+    changes = [f"--config.{field}={value}" for field, value in fields.items()]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script("train", *train_flags(whole), *changes)
+    for n_steps in (3, 6):
+        script("train", *train_flags(parts), *changes, f"--config.train.n_steps={n_steps}")
+    whole, parts = (
+        [r for r in read_records(folder / "metrics.jsonl") if r.get("step") == 6 and "loss" in r]
+        for folder in (whole, parts)
+    )
+    assert parts[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-6)
+    workdir = f"--workdir={tmp_path / 'parts'}"
+    done = script("evaluate", workdir, "--split=test", "--max_bytes=300")
+    assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] == 300
+    done = script("generate", workdir, "--prompt=import", "--max_new_tokens=9", "--seed=1")
+    assert done.stdout.startswith("import")
+
+
 @pytest.mark.slow
 def test_sweep_trains_skips_and_summarises(tmp_path):
     sweep = tmp_path / "sweep.py"
