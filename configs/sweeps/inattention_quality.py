@@ -13,7 +13,7 @@ BASE = "configs/inattention_quality.py"
 
 
 def get_sweep() -> Sweep:
-    """Seven models."""
+    """Eight models."""
     dense = zipped(
         vary("model.name", "transformer", "transformer"),
         vary("model.n_kv_heads", 4, 1),
@@ -21,9 +21,9 @@ def get_sweep() -> Sweep:
         vary("model.d_ff", 352, 427),
     )
     positions = zipped(
-        vary("model.inattention.memory_position", "sinusoid", "none", "none"),
-        vary("model.inattention.score_position", "relative", "near", "alibi"),
-        vary("model.d_ff", 349, 350, 351),
+        vary("model.inattention.memory_position", "none", "sinusoid", "none", "none"),
+        vary("model.inattention.score_position", "relative", "relative", "near", "alibi"),
+        vary("model.d_ff", 349, 349, 350, 351),
     )
     decoupled = zipped(
         vary("model.inattention.score_position", "decoupled"),

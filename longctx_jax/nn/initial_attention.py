@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longctx_jax.nn.contract import Aux, Documents, no_aux, own_documents
 from longctx_jax.nn.initial_memory import Counts, IdRing, KeyMemory, RowRing, slot_positions
@@ -94,6 +95,19 @@ class SharedProjections(nn.Module):
     def __call__(self, d_memory: int) -> Projections:
         """Returns the kernels."""
         return projections(self, d_memory, self.n_kv_heads, self.d_key, self.d_value, self.dtype)
+
+
+def slanted(n_heads: int, n_exact: int, max_distance: int) -> np.ndarray:
+    """Returns the bias that learning starts with, [heads, buckets]: ALiBi's, head by head.
+
+    Attention to embeddings has nothing but its positions to find the words around a token with, so
+    it starts near. Without max_distance the table ends at 0 where nothing is added any more.
+    """
+    slopes, exact = alibi_slopes(n_heads)[:, None], np.arange(n_exact, dtype=np.float64)
+    if not max_distance:
+        return slopes * (n_exact - exact)
+    growing = n_exact * (max_distance / n_exact) ** (exact / n_exact)
+    return -slopes * np.concatenate([exact, growing])
 
 
 class InitialAttention(nn.Module):
@@ -184,10 +198,13 @@ class InitialAttention(nn.Module):
             return DistanceBias(slopes=jnp.asarray(alibi_slopes(self.n_heads), jnp.float32))
         if self.score_position not in ("relative", "near"):
             return None
-        is_near = self.score_position == "near"
-        shape = (self.n_heads, self.n_exact if is_near else 2 * self.n_exact)
-        table = self.param("relative_bias", nn.initializers.zeros, shape, jnp.float32)
-        return DistanceBias(table, 0 if is_near else self.max_distance)
+        max_distance = 0 if self.score_position == "near" else self.max_distance
+
+        def start(key):
+            del key
+            return jnp.asarray(slanted(self.n_heads, self.n_exact, max_distance), jnp.float32)
+
+        return DistanceBias(self.param("relative_bias", start), max_distance)
 
     @property
     def _scale(self) -> float:

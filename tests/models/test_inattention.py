@@ -11,6 +11,7 @@ from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
 from longctx_jax.models import build_model, initial
 from longctx_jax.nn import initial_attention
+from longctx_jax.ops.position import relative_bucket
 from tests.helpers import assert_close, assert_trees_close, make_normal
 
 BATCH, SEQ, WIDTH, HEADS, VOCAB = 2, 13, 8, 2, 11
@@ -319,6 +320,18 @@ def test_lower_precision(dtype, tolerance):
         cache = out.cache
         logits.append(out.logits)
     assert_close(np.concatenate(logits, axis=1), expected, rel_rms=tolerance)
+
+
+def test_learned_biases_start_as_slopes():
+    """Every bucket of 2 heads holds the slope times its smallest distance; near ends at 0."""
+    table = initial_attention.slanted(2, 4, 64)
+    slopes = np.array([2.0**-4, 2.0**-8])
+    buckets = np.asarray(relative_bucket(jnp.arange(200), 8, 64))
+    first = np.array([np.flatnonzero(buckets == b)[0] for b in range(8)])
+    assert np.array_equal(table[:, :4], -slopes[:, None] * np.arange(4))
+    assert np.all(np.abs(table[0] / -slopes[0] - first) < 1)
+    near = initial_attention.slanted(2, 4, 0)
+    assert_close(near, slopes[:, None] * np.array([4, 3, 2, 1]), rel_rms=1e-15)
 
 
 def test_cache_bytes():
