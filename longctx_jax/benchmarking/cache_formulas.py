@@ -15,7 +15,7 @@ number of `dtype`, and s those of a state (4, or 8 with float64), a row of the b
     stagformer         the mixer's; C H_kv (K + V) w + 8 C + 4 a layer of an upper stack, or
                        C d w + 8 C + 4 once a stack (cross_cache "memory"); d w + 1 at the top
     inattention        8, and, once a model: C (d_memory + d_rotary) w (embedding), C i (ids, of i
-                       bytes), n_exact i + V s or H V s (counts); kv: as softmax, or once
+                       bytes), n_exact i + 4 V or H V s (counts); kv: as softmax, or once
 
 and a model 8 (its last segment id and document), with memory between segments 4 more. A mixer that
 is missing here is an error that names it: add its function to `MIXER_TERMS`.
@@ -239,8 +239,9 @@ def initial_terms(config: ModelConfig, max_len: int) -> Terms:
         return slots | {"ids": max_len * id_bytes}
     position = config.inattention.score_position
     window = config.inattention.n_exact if position == "near" else 0
-    n_rows = config.n_heads if position == "alibi" else 1
-    counts = n_rows * config.vocab_size * state_bytes(config)
+    counts = config.vocab_size * INT
+    if position == "alibi":
+        counts = config.n_heads * config.vocab_size * state_bytes(config)
     return slots | {"ids": window * id_bytes, "counts": counts}
 
 

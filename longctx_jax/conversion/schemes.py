@@ -63,6 +63,16 @@ def scheme_fields(scheme: str, model: ModelConfig) -> dict[str, Any]:
     if scheme == "recurrent_memory":
         mixer = "softmax" if "softmax" in kinds else "sliding"
         return {"name": "recurrent_memory", "pattern": (), "memory.mixer": mixer}
+    if model.norm != "rms" or given.qk_norm:
+        raise ValueError(
+            "inattention norms its memory once, by its root mean square, for all layers: got "
+            f"config.model.norm={model.norm!r}, qk_norm={given.qk_norm}; convert a run with "
+            "norm='rms' and without qk_norm, or to another scheme"
+        )
+    if given.position == "none":
+        positions = {"memory_position": "none", "score_position": "none"}
+        fields = {f"inattention.{name}": value for name, value in positions.items()}
+        return {"name": scheme, "pattern": (), **fields}
     if given.position == "rotary":  # what is left to the layers is then as it was
         taken = {"memory_position": "none", "score_position": "rotary"}
         taken |= {n: getattr(given, n) for n in ROTARY_FIELDS}

@@ -25,4 +25,15 @@ def build(config: ModelConfig) -> Decoder:
             "config.model.schedule must be 'layerwise' with inattention, whose layers have no "
             f"order among segments to choose: got {config.schedule!r}; leave it"
         )
+    own = config.inattention
+    if own.memory_position == "sinusoid" and config.d_model % 2:
+        raise ValueError(
+            "config.model.d_model must be even with inattention.memory_position='sinusoid': got "
+            f"{config.d_model}; use {config.d_model + 1}, or memory_position='none'"
+        )
+    if own.score_position == "rotary" and config.d_key % 2:
+        raise ValueError(
+            "config.model.d_key must be even with inattention.score_position='rotary': got "
+            f"{config.d_key}; use {config.d_key + 1}, or another score_position"
+        )
     return Decoder(config)

@@ -13,6 +13,7 @@ from longctx_jax.nn.initial_attention import SCORE_POSITIONS
 
 MEMORY_POSITIONS = ("sinusoid", "none")
 CACHES = ("auto", "kv", "embedding", "ids", "counts")
+FORMS = ("auto", "dense", "blockwise", "cudnn", "vq")  # of attention among a call's tokens
 COUNTABLE = ("none", "near", "alibi")  # score positions under which old tokens can be counted
 
 
@@ -35,6 +36,7 @@ class InAttentionConfig(RotaryConfig):
         require_one_of("inattention.memory_position", self.memory_position, MEMORY_POSITIONS)
         require_one_of("inattention.score_position", self.score_position, SCORE_POSITIONS)
         require_one_of("inattention.cache", self.cache, CACHES)
+        require_one_of("inattention.implementation", self.implementation, FORMS)
         for field in ("n_exact", "max_distance", "d_rotary"):
             require_positive(f"inattention.{field}", getattr(self, field))
         self.check_rotary("inattention.")
@@ -50,13 +52,13 @@ class InAttentionConfig(RotaryConfig):
                 f"distance has a bias of its own: got {self.max_distance} and {self.n_exact}; "
                 "raise it, or set score_position='near'"
             )
-        if self.implementation == "vq" and (
-            self.why_not("counts") or self.score_position != "near"
-        ):
+        is_near = self.score_position == "near" and self.cache in ("auto", "counts")
+        if self.implementation == "vq" and (self.why_not("counts") or not is_near):
             raise ValueError(
                 "config.model.inattention.implementation='vq' takes ids for codes: got "
                 f"memory_position={self.memory_position!r}, score_position="
-                f"{self.score_position!r}; set 'none' and 'near', or implementation='auto'"
+                f"{self.score_position!r}, cache={self.cache!r}; set 'none', 'near' and 'counts', "
+                "or implementation='auto'"
             )
         if reason := self.why_not(self.cache):
             raise ValueError(

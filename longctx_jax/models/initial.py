@@ -269,10 +269,12 @@ def init_memory(config: ModelConfig, batch_size: int, max_len: int) -> tuple[Any
         return (), IdRing(jnp.zeros((batch_size, max_len), ids), place)
     position = config.inattention.score_position
     window = config.inattention.n_exact if position == "near" else 0
-    n_rows = config.n_heads if position == "alibi" else 1
-    wide = jnp.promote_types(config.dtype, jnp.float32)
-    counts = jnp.zeros((batch_size, n_rows, config.vocab_size), wide)
-    return (), Counts(jnp.zeros((batch_size, window), ids), counts, place)
+    n_rows, kind = 1, jnp.int32
+    if position == "alibi":
+        n_rows, kind = config.n_heads, jnp.promote_types(config.dtype, jnp.float32)
+    counts = jnp.zeros((batch_size, n_rows, config.vocab_size), kind)
+    recent = jnp.zeros((batch_size, window), ids) if window else None
+    return (), Counts(recent, counts, place)
 
 
 def apply_initial(

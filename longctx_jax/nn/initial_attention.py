@@ -195,7 +195,8 @@ class InitialAttention(nn.Module):
 
     def _bias(self) -> DistanceBias | None:
         if self.score_position == "alibi":
-            return DistanceBias(slopes=jnp.asarray(alibi_slopes(self.n_heads), jnp.float32))
+            wide = jnp.promote_types(self.dtype, jnp.float32)
+            return DistanceBias(slopes=jnp.asarray(alibi_slopes(self.n_heads), wide))
         if self.score_position not in ("relative", "near"):
             return None
         max_distance = 0 if self.score_position == "near" else self.max_distance
@@ -296,8 +297,10 @@ class InitialAttention(nn.Module):
         values = jnp.moveaxis(value_table, 0, 1)[None]
         counts = jnp.broadcast_to(past.counts, (len(slots), self.n_kv_heads, len(key_table)))
         table = Table(
-            jnp.broadcast_to(values, (*counts.shape, self.d_value)).astype(past.counts.dtype),
-            counts.astype(jnp.int32),
+            jnp.broadcast_to(values, (*counts.shape, self.d_value)).astype(
+                jnp.promote_types(self.dtype, jnp.float32)
+            ),
+            counts,
             jnp.where(jnp.sum(past.counts, axis=(1, 2)) > 0, marks[:, 0], NO_DOCUMENT),
         )
         state = VQState(
@@ -387,19 +390,19 @@ class InitialAttention(nn.Module):
     def _of_counts(self, memory: Counts, parts: "_Parts", sight: Sight) -> list[Partial]:
         """Attention to the ring of ids and to the histogram, as they stand in `memory`."""
         key_table, value_table = parts.tables(sight.types)
-        place, window = memory.place, memory.ids.shape[1]
+        place = memory.place
         reference = place.position[:, None] - 1  # that counts are as old as
         is_seen = sight.query_starts == place.start[:, None]
         offset = jnp.where(is_seen, 0.0, -jnp.inf)[:, None]
         if parts.bias is not None and parts.bias.slopes is not None:
-            age = (sight.query_positions - reference)[:, None].astype(jnp.float32)
-            offset = offset - parts.bias.slopes[:, None] * age
-        far = attend_counts(
-            parts.query, key_table, value_table, memory.counts, offset, scale=self._scale
-        )
-        if not window:
+            slopes = parts.bias.slopes
+            age = (sight.query_positions - reference)[:, None].astype(slopes.dtype)
+            offset = offset - slopes[:, None] * age
+        counts = memory.counts.astype(jnp.promote_types(self.dtype, jnp.float32))
+        far = attend_counts(parts.query, key_table, value_table, counts, offset, scale=self._scale)
+        if memory.ids is None:
             return [empty_partial(far), far]
-        slots = slot_positions(place, window)
+        slots = slot_positions(place, memory.ids.shape[1])
         marks = jnp.broadcast_to(place.start[:, None], slots.shape)
         where = Keys(sight.query_positions, slots, sight.query_starts, marks)
         near = attention_partial(

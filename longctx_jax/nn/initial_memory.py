@@ -54,8 +54,8 @@ class Counts:
     With slopes, a token that is d tokens older than the newest counts exp(-slope d).
     """
 
-    ids: jax.Array  # as in IdRing; capacity 0 where positions do not matter
-    counts: jax.Array  # float32 [batch, 1 or heads, vocab]
+    ids: jax.Array | None  # as in IdRing; None where positions do not matter or fade
+    counts: jax.Array  # int32 [batch, 1, vocab]; with slopes float32 [batch, heads, vocab]
     place: Place
 
 
@@ -90,7 +90,7 @@ def slot_positions(place: Place, capacity: int) -> jax.Array:
     NEVER for a slot that is empty or holds a token of an older document.
     """
     last = place.position[:, None] - 1
-    age = (last - jnp.arange(capacity, dtype=jnp.int32)) % max(capacity, 1)
+    age = (last - jnp.arange(capacity, dtype=jnp.int32)) % capacity
     positions = last - age
     return jnp.where(positions >= place.start[:, None], positions, NEVER)
 
@@ -100,8 +100,6 @@ def write(ring: jax.Array, new: jax.Array, place: Place) -> jax.Array:
     batch, seq = new.shape[:2]
     capacity = ring.shape[1]
     kept = min(seq, capacity)
-    if not kept:
-        return ring
     positions = place.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)
     rows = jnp.arange(batch)[:, None]
     new = new[:, seq - kept :].astype(ring.dtype)
@@ -125,14 +123,14 @@ def extend_counts(memory: Counts, ids: jax.Array, after: Place, slopes: jax.Arra
         memory: before them.
         ids: of the new tokens.
         after: the place after them.
-        slopes: [heads], of the decay of counts, which needs a ring without slots; None = no decay.
+        slopes: [heads], of the decay of counts, which needs a memory without ids; None = no decay.
     """
-    seq, window = ids.shape[1], memory.ids.shape[1]
-    before = memory.place
-    # The ring from its oldest token on, then the new ones: the first seq of them leave.
-    order = (before.position[:, None] + jnp.arange(window, dtype=jnp.int32)) % max(window, 1)
-    old = jnp.take_along_axis(memory.ids, order, axis=1).astype(jnp.int32)
-    leaving = jnp.concatenate([old, ids.astype(jnp.int32)], axis=1)[:, :seq]
+    seq, window = ids.shape[1], 0 if memory.ids is None else memory.ids.shape[1]
+    before, leaving = memory.place, ids.astype(jnp.int32)
+    if memory.ids is not None:  # from its oldest token on, then the new ones: the first seq leave
+        order = (before.position[:, None] + jnp.arange(window, dtype=jnp.int32)) % window
+        old = jnp.take_along_axis(memory.ids, order, axis=1).astype(jnp.int32)
+        leaving = jnp.concatenate([old, leaving], axis=1)[:, :seq]
     positions = before.position[:, None] - window + jnp.arange(seq, dtype=jnp.int32)
     weights = (positions >= after.start[:, None]).astype(memory.counts.dtype)[:, None]
     kept = (after.start == before.start).astype(memory.counts.dtype)[:, None, None]
@@ -143,4 +141,5 @@ def extend_counts(memory: Counts, ids: jax.Array, after: Place, slopes: jax.Arra
     n_batch, n_rows, _ = memory.counts.shape
     place = jnp.arange(n_batch)[:, None, None], jnp.arange(n_rows)[:, None], leaving[:, None]
     counts = (memory.counts * kept).at[place].add(weights.astype(memory.counts.dtype))
-    return Counts(write(memory.ids, ids, before), counts, after)
+    ring = None if memory.ids is None else write(memory.ids, ids, before)
+    return Counts(ring, counts, after)

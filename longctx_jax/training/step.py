@@ -73,7 +73,9 @@ def make_train_step(
             cache, (grads, sums) = gradients(batch, cache, 0)
         else:
             cache, (grads, sums) = _summed(gradients, batch, cache, n_microbatches)
-        grads = jax.tree.map(lambda g: g / sums["tokens"], grads)
+        # With losses of some positions, none of those drawn may count: no gradient, then.
+        n_tokens = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
+        grads = jax.tree.map(lambda g: g / n_tokens, grads)
         return _updated(model, tx, ema_decay, state, grads, sums, cache)
 
     return jax.jit(train_step, donate_argnums=0)
@@ -179,7 +181,7 @@ def _updated(
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), STATE_KEY)
     model_state = model.update_model_state(state.model_state, sums["aux"], key)
     metrics = {
-        "loss": sums["nll"] / sums["tokens"],
+        "loss": sums["nll"] / jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0),
         "grad_norm": optax.tree.norm(grads),
         **_named_metrics(sums),
         **model.describe_model_state(model_state),

@@ -110,9 +110,11 @@ def test_a_memory_starts_without_effect():
     assert_close(logits[1], logits[0], rel_rms=1e-6)
 
 
-def test_one_layer_of_a_transformer_is_one_of_inattention():
+@pytest.mark.parametrize("position", ["rotary", "none"])
+def test_one_layer_of_a_transformer_is_one_of_inattention(position):
     """Keys and values of the first layer come from embeddings in both; the norm is the gain."""
-    source, given, target = models("inattention", {"n_layers": 1}, {})
+    changes = {"n_layers": 1, "softmax.position": position}
+    source, given, target = models("inattention", changes, {})
     moved = transfer(source.config, given, target, jax.random.key(1))
     assert not moved.fresh and not moved.dropped
     tokens = jnp.arange(9)[None]
@@ -152,11 +154,14 @@ def test_fields_that_both_have_go_along():
     assert scheme_fields("recurrent_memory", model)["memory.mixer"] == "softmax"
     windowed = build_model(nested(FIELDS, {"pattern": ("sliding",)})).config
     assert scheme_fields("recurrent_memory", windowed)["memory.mixer"] == "sliding"
-    fields = scheme_fields("inattention", model)
+    fields = scheme_fields("inattention", build_model(FIELDS).config)
     assert fields["inattention.score_position"] == "rotary"
     assert fields["inattention.rope_factor"] == 2.0
     relative = build_model(nested(FIELDS, {"softmax.position": "relative"})).config
     assert scheme_fields("inattention", relative) == {"name": "inattention", "pattern": ()}
+    for changes in ({"softmax.qk_norm": True}, {"norm": "layer"}):
+        with pytest.raises(ValueError, match="norms its memory once"):
+            scheme_fields("inattention", build_model(nested(FIELDS, changes)).config)
 
 
 @pytest.mark.parametrize("changes", [{"name": "decay"}, {"pattern": ("rwkv",)}], ids=str)

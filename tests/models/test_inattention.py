@@ -351,6 +351,8 @@ def test_cache_bytes():
     assert of("default", "ids", vocab_size=300) == 2 * n + place
     assert of("near", "counts") == 3 + 4 * VOCAB + place
     assert of("alibi", "counts") == 4 * HEADS * VOCAB + place
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: describe("none").init_cache(batch, n)))
+    assert all(leaf.size for leaf in leaves)  # checkpoints refuse arrays of size 0
     marks = 2 * 4 * n + 4  # a slot's position and document, and the stream's position
     width = WIDTH // HEADS
     assert of("default", "kv") == 5 * (4 * 2 * width * n + marks) + place
@@ -391,6 +393,7 @@ def test_ragged_prompts_continue_as_alone():
         ({"max_distance": 3}, "max_distance must exceed n_exact"),
         ({"score_position": "decoupled", "d_rotary": 3}, "d_rotary must be even: got 3; use 4"),
         ({"implementation": "vq"}, "implementation='vq' takes ids for codes"),
+        ({"implementation": "banded"}, "config.model.inattention.implementation must be one of"),
         ({"score_position": "rope"}, "config.model.inattention.score_position must be one of"),
     ],
 )
@@ -404,6 +407,7 @@ def test_impossible_combinations():
         ({"mlp": "rwkv"}, "config.model.mlp='rwkv' reads what the token before became"),
         ({"schedule": "diagonal"}, "config.model.schedule must be 'layerwise' with inattention"),
         ({"pattern": ("softmax",)}, "config.model.pattern must be one of"),
+        ({"d_model": 9, "n_heads": 3}, "d_model must be even with inattention.memory_position"),
     ):
         with pytest.raises(ValueError, match=message):
             describe("default", **changes)

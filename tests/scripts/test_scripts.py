@@ -135,6 +135,12 @@ CARRIED = {  # caches that are no stack of layers: carried along the stripes, an
         "model.inattention.n_exact": 5,
         "model.inattention.cache": "counts",
     },
+    "alibi": {
+        "model.name": "inattention",
+        "model.inattention.memory_position": "none",
+        "model.inattention.score_position": "alibi",
+        "model.inattention.cache": "counts",
+    },
     "embedding": {"model.name": "inattention", "model.inattention.cache": "embedding"},
 }
 

@@ -83,6 +83,17 @@ def test_the_loss_of_some_positions(name):
     assert metrics[0]["loss"] != metrics[1]["loss"]
 
 
+def test_an_update_whose_draws_do_not_count_has_no_gradient():
+    model, tx, state = start("inattention", cache_len=0)
+    train_step = make_train_step(model, tx, loss_positions=2)
+    for batch in batches(3):
+        weights = np.zeros_like(batch["weights"])
+        weights[:, 5] = 1.0
+        state, metrics = train_step(state, batch | {"weights": weights})
+        assert math.isfinite(float(metrics["loss"])) and math.isfinite(float(metrics["grad_norm"]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
 @pytest.mark.parametrize("name", ["transformer", "decay"])
 def test_the_cache_crosses_windows(name):
     model, tx, state = start(name, cache_len=100, learning_rate=0.0)
