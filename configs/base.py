@@ -270,7 +270,7 @@ def train_config() -> ml_collections.ConfigDict:
     c.n_microbatches = 1  # gradient accumulation within a step
     c.loss_chunk_len = 0  # tokens whose logits exist at once in the loss; 0 = all
     # tokens a row whose loss counts, drawn anew each update; 0 = all. Only inattention computes
-    # less for it
+    # less for it, in windows that start anew
     c.loss_positions = 0
     c.ema_decay = 0.0  # exponential average of the weights, used by evaluation; 0 = off
     c.init_from = ""  # work directory whose weights start this run; "" = fresh

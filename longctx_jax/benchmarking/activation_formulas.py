@@ -112,10 +112,9 @@ def _initial_terms(
         "counts": 0,
     }
     if is_table and kind in ("ids", "counts"):
-        tables = config.d_model + d_memory(config)
-        tables += config.n_kv_heads * (config.d_key + config.d_value)
         scores = max_len if kind == "ids" else vocab
-        made[kind] = vocab * tables * size + SCORE_COPIES * batch_size * heads * scores * 4
+        made[kind] = vocab * (config.d_model + d_memory(config)) * size
+        made[kind] += SCORE_COPIES * batch_size * heads * scores * 4
     copies = {"prefill": 0, "step": 0, "loop": 1}[program] + (kind == "kv")
     return {
         "new_cache": copies * cache,

@@ -138,7 +138,7 @@ def step_flops(model: Decoder, n_past: int) -> float:
     """Returns the products of one token after n_past, in the form that its cache asks for.
 
     Rows of width R instead of keys: 2 H n (R + d_memory), and 2 H d_memory (K + V) for the
-    projections of queries and results. Types: V of them instead of n tokens.
+    projections of queries and results. Ids and counts: rows of V types instead of n tokens.
     """
     config = model.config
     if config.name != "inattention":
@@ -152,9 +152,7 @@ def step_flops(model: Decoder, n_past: int) -> float:
     is_table = config.inattention.memory_position == "none" and kind != "embedding"
     if is_table:
         near = config.inattention.n_exact if config.inattention.score_position == "near" else 0
-        seen = config.vocab_size + (near if kind == "counts" else 0)
-        tables = 2 * config.vocab_size * memory * config.n_kv_heads * widths
-        return plain + config.n_layers * (2 * heads * seen * widths + tables)
+        n_past = config.vocab_size + (near if kind == "counts" else 0)
     return plain + config.n_layers * 2 * heads * (n_past * (row + memory) + memory * widths)
 
 

@@ -32,7 +32,6 @@ from longctx_jax.ops.attention import (
     empty_partial,
     merge_partial_attention,
 )
-from longctx_jax.ops.dispatch import platform
 from longctx_jax.ops.position import DistanceBias, RotaryScaling, alibi_slopes, rotate
 from longctx_jax.ops.vocabulary import attend_counts, attend_ids
 from longctx_jax.ops.vq import VQState, vq_attention
@@ -269,19 +268,13 @@ class InitialAttention(nn.Module):
         segments = own_documents(documents)
         where = Keys(sight.query_positions, sight.positions, segments, segments)
         own = attention_partial(query, key, value, where, is_aligned=True, **options)
-        near, far = self._of_counts(past, parts, sight)
+        tables = parts.tables(sight.types)
+        near, far = self._of_counts(past, parts.query, tables, parts, sight)
         return _merge(own, near, far)
 
     def _is_quantized(self, sight: Sight, train: bool) -> bool:
-        """Whether to attend as if ids were codes: on a GPU, where that is one kernel.
-
-        Old keys would get no gradients, so it is not for training.
-        """
-        if not isinstance(sight.before, Counts) or self.score_position != "near" or train:
-            return False
-        n_tokens = sight.rows.shape[1]
-        worth_it = platform() == "gpu" and n_tokens >= 2 * self.n_exact
-        return self.implementation == "vq" or (self.implementation == "auto" and worth_it)
+        """Whether to attend as if ids were codes; old keys would get no gradients in training."""
+        return self.implementation == "vq" and isinstance(sight.before, Counts) and not train
 
     def _quantized(self, parts: "_Parts", sight: Sight, documents: Documents) -> jax.Array:
         """Transformer-VQ's attention with the tables by id as codebook: nothing is rounded."""
@@ -359,9 +352,9 @@ class InitialAttention(nn.Module):
         if sight.types is not None:
             where = Keys(sight.query_positions, slots)
             options = {"relative_bias": parts.bias, "scale": self._scale}
-            tables = parts.tables(sight.types)
-            ids = ring.ids.astype(jnp.int32)
-            return attend_ids(parts.query, *tables, ids, where, **options).out
+            types, ids = sight.types[:, None], ring.ids.astype(jnp.int32)
+            found = attend_ids(self._absorbed(parts), types, types, ids, where, **options)
+            return self._projected(found.out, parts.kernels)
         tile = min(TILE_LEN, capacity)
         padding = [(0, 0), (0, -capacity % tile)]
         tiles = (jnp.pad(ring.ids, padding), jnp.pad(slots, padding, constant_values=NEVER))
@@ -384,12 +377,26 @@ class InitialAttention(nn.Module):
 
     def _from_counts(self, parts: "_Parts", sight: Sight) -> jax.Array:
         """One token against the newest ids, and all others as a histogram."""
-        near, far = self._of_counts(sight.after, parts, sight)
-        return _merge(near, far)
+        assert sight.types is not None
+        types = sight.types[:, None]  # one head of rows, which the query absorbs the projections of
+        near, far = self._of_counts(
+            sight.after, self._absorbed(parts), (types, types), parts, sight
+        )
+        return self._projected(_merge(near, far), parts.kernels)
 
-    def _of_counts(self, memory: Counts, parts: "_Parts", sight: Sight) -> list[Partial]:
-        """Attention to the ring of ids and to the histogram, as they stand in `memory`."""
-        key_table, value_table = parts.tables(sight.types)
+    def _of_counts(
+        self, memory: Counts, query: jax.Array, tables, parts: "_Parts", sight: Sight
+    ) -> list[Partial]:
+        """Attention to the ring of ids and to the histogram, as they stand in `memory`.
+
+        Args:
+            memory: before or after the tokens of the call.
+            query: that meets the tables.
+            tables: keys and values by id, [vocab, heads of them, ...].
+            parts: for the bias.
+            sight: where the queries stand.
+        """
+        key_table, value_table = tables
         place = memory.place
         reference = place.position[:, None] - 1  # that counts are as old as
         is_seen = sight.query_starts == place.start[:, None]
@@ -399,15 +406,15 @@ class InitialAttention(nn.Module):
             age = (sight.query_positions - reference)[:, None].astype(slopes.dtype)
             offset = offset - slopes[:, None] * age
         counts = memory.counts.astype(jnp.promote_types(self.dtype, jnp.float32))
-        far = attend_counts(parts.query, key_table, value_table, counts, offset, scale=self._scale)
+        far = attend_counts(query, key_table, value_table, counts, offset, scale=self._scale)
         if memory.ids is None:
             return [empty_partial(far), far]
         slots = slot_positions(place, memory.ids.shape[1])
         marks = jnp.broadcast_to(place.start[:, None], slots.shape)
         where = Keys(sight.query_positions, slots, sight.query_starts, marks)
         near = attention_partial(
-            parts.query, key_table[memory.ids], value_table[memory.ids], where,
-            relative_bias=parts.bias,
+            query, key_table[memory.ids], value_table[memory.ids], where,
+            relative_bias=parts.bias, scale=self._scale,
         )  # fmt: skip
         return [near, far]
 
