@@ -28,7 +28,7 @@ from longctx_jax.benchmarking.cache_formulas import (
     state_bytes,
 )
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.initial import choose_cache, d_memory, d_rotary
+from longctx_jax.models.initial_cache import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import MIXERS, mixer_kind
 from longctx_jax.models.staggered_state import decodes_in_lanes
 from longctx_jax.nn.initial_attention import TILE_LEN

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.initial import choose_cache, d_memory, d_rotary
+from longctx_jax.models.initial_cache import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import MIXERS, mixer_kind
 from longctx_jax.nn.blocks import RECURRENT_MLPS
 from longctx_jax.nn.initial_memory import id_dtype

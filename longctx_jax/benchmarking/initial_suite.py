@@ -20,7 +20,7 @@ from longctx_jax.benchmarking.decode_suite import cache_bytes, prefill, token_lo
 from longctx_jax.benchmarking.stack_suite import make_variables, weight_bytes
 from longctx_jax.benchmarking.suites import Limits, shape_fields
 from longctx_jax.benchmarking.timing import Case, Row
-from longctx_jax.models import build_model, initial
+from longctx_jax.models import build_model, initial_cache
 from longctx_jax.models.base import Decoder
 from longctx_jax.nn.kv_cache import KVCache
 
@@ -130,7 +130,7 @@ def read_bytes(model: Decoder, max_len: int) -> int:
     n_bytes = cache_bytes(model, 1, max_len)
     if model.config.name != "inattention":
         return n_bytes
-    kind = initial.choose_cache(model.config, max_len)
+    kind = initial_cache.choose_cache(model.config, max_len)
     return n_bytes if kind == "kv" else n_bytes * model.config.n_layers
 
 
@@ -145,8 +145,11 @@ def step_flops(model: Decoder, n_past: int) -> float:
         return flops.forward_flops_per_token(config, 1, n_past=n_past)
     plain = flops.forward_flops_per_token(config, 1, n_past=0)
     heads, widths = config.n_heads, config.d_key + config.d_value
-    kind = initial.choose_cache(config, n_past)
-    memory, row = initial.d_memory(config), initial.d_memory(config) + initial.d_rotary(config)
+    kind = initial_cache.choose_cache(config, n_past)
+    memory, row = (
+        initial_cache.d_memory(config),
+        initial_cache.d_memory(config) + initial_cache.d_rotary(config),
+    )
     if kind == "kv":
         return flops.forward_flops_per_token(config, 1, n_past=n_past)
     is_table = config.inattention.memory_position == "none" and kind != "embedding"
@@ -236,7 +239,7 @@ def _prefills(models: Mapping[str, Decoder], context_len: int, limits: Limits) -
 def _described(name: str, model: Decoder, context_len: int, max_len: int) -> Row:
     kind = "kv"
     if model.config.name == "inattention":
-        kind = initial.choose_cache(model.config, max_len)
+        kind = initial_cache.choose_cache(model.config, max_len)
     return {
         "name": f"initial {name}",
         "variant": name,

@@ -8,15 +8,14 @@ Tokens whose output nobody wants enter the memory and pass through no layer: a p
 look-up and one token.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.initial_cache import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import call_module, layer_names, output_scale, rematerialize
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Documents, own_documents
@@ -38,11 +37,9 @@ from longctx_jax.nn.initial_memory import (
     init_place,
     walk,
 )
+from longctx_jax.nn.initial_rows import RowMaker
 from longctx_jax.nn.kv_cache import KVCache, extend, init_kv_cache
-from longctx_jax.nn.mlp import Kernel
-from longctx_jax.nn.norms import RMSNorm
-from longctx_jax.ops.dispatch import Implementation, choose
-from longctx_jax.ops.position import RotaryScaling, alibi_slopes, rotate, sinusoid
+from longctx_jax.ops.position import alibi_slopes
 from longctx_jax.typing import PRNGKey, PyTree
 
 OUTPUTS = ("all", "last", "none")
@@ -60,70 +57,6 @@ class Wanted(NamedTuple):
 
     outputs: str = "all"  # one of OUTPUTS
     at: jax.Array | None = None  # int32 [n], increasing; None = as `outputs` says
-
-
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    """What the choice of a cache may depend on."""
-
-    config: ModelConfig
-    max_len: int
-
-    @property
-    def row_len(self) -> int:
-        return d_memory(self.config) + d_rotary(self.config)
-
-    def why_not(self, cache: str) -> str:
-        return self.config.inattention.why_not(cache)
-
-
-def _many_types(facts: _Facts) -> str:
-    config, near = facts.config, facts.config.inattention.n_exact
-    if config.vocab_size + near <= max(facts.max_len, 1024):
-        return ""
-    return f"a histogram of {config.vocab_size} ids, and {near} tokens, outweighs the context"
-
-
-def _made_anew(facts: _Facts) -> str:
-    inattention = facts.config.inattention
-    if inattention.memory_position != "none" or inattention.score_position == "decoupled":
-        return "every step would make all rows anew, in every layer"
-    if facts.config.vocab_size > facts.max_len:
-        return "tables by id are longer than the context"
-    return ""
-
-
-def _wider_than_keys(facts: _Facts) -> str:
-    config = facts.config
-    n_caches = 1 if config.inattention.share_projections else config.n_layers
-    keys = n_caches * config.n_kv_heads * (config.d_key + config.d_value)
-    if facts.row_len < keys:
-        return ""
-    return f"its rows have {facts.row_len} numbers, all keys and values of a token {keys}"
-
-
-CACHES = (  # smallest first
-    Implementation("counts", print, lambda facts: facts.why_not("counts"), _many_types),
-    Implementation("ids", print, lambda facts: facts.why_not("ids"), _made_anew),
-    Implementation("embedding", print, lambda facts: facts.why_not("embedding"), _wider_than_keys),
-    Implementation("kv", print),
-)
-
-
-def choose_cache(config: ModelConfig, max_len: int) -> str:
-    """Returns the kind of cache for contexts of max_len tokens; "auto" says once why."""
-    facts = _Facts(config, max_len)
-    return choose("inattention.cache", CACHES, config.inattention.cache, facts).name
-
-
-def d_memory(config: ModelConfig) -> int:
-    """Returns the width of the memory's rows, without rotary numbers."""
-    return config.inattention.d_memory or config.d_model
-
-
-def d_rotary(config: ModelConfig) -> int:
-    """Returns how many rotary numbers a row has."""
-    return config.inattention.d_rotary if config.inattention.score_position == "decoupled" else 0
 
 
 def make_block(config: ModelConfig) -> Block:
@@ -157,53 +90,6 @@ def make_block(config: ModelConfig) -> Block:
         output_scale=output_scale(config),
         norm_eps=config.norm_eps,
     )
-
-
-class RowMaker(nn.Module):
-    """Embeddings into the layers' input and the memory's rows.
-
-    Attributes:
-        position_gain: what the sinusoids are multiplied by at first; 0 = there are none.
-        d_memory: width of the rows; that of the embedding = as it is.
-        d_rotary: numbers appended to each, rotated by position.
-    """
-
-    position_gain: float
-    d_memory: int
-    d_rotary: int
-    rope_theta: float
-    rope_scaling: RotaryScaling
-    norm_eps: float
-    dtype: str
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, places: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns x0 and rows of embeddings [batch, seq, d_model].
-
-        Args:
-            x: embeddings.
-            positions: in the stream, int32 [batch, seq].
-            places: in their documents, likewise.
-        """
-        if self.position_gain:
-            start = nn.initializers.constant(self.position_gain)
-            gain = self.param("position_gain", start, (), jnp.float32)
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            waves = sinusoid(places, x.shape[-1], self.rope_theta, wide)
-            x = (x + gain * waves).astype(x.dtype)
-        memory = RMSNorm(self.dtype, self.norm_eps, use_scale=False)(x)
-        rows = memory
-        if self.d_memory != x.shape[-1]:
-            rows = memory @ Kernel(self.d_memory, self.dtype, name="down")(x.shape[-1])
-        if self.d_rotary:
-            turned = memory @ Kernel(self.d_rotary, self.dtype, name="rotary")(x.shape[-1])
-            turned = rotate(turned[:, :, None], positions, self.rope_theta, self.rope_scaling)[
-                :, :, 0
-            ]
-            rows = jnp.concatenate([rows, turned], axis=-1)
-        return x, rows
 
 
 def make_row_maker(config: ModelConfig) -> RowMaker:

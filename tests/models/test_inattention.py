@@ -9,7 +9,8 @@ import pytest
 
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
-from longctx_jax.models import build_model, initial
+from longctx_jax.models import build_model
+from longctx_jax.models.initial_cache import choose_cache
 from longctx_jax.nn import initial_attention
 from longctx_jax.ops.position import relative_bucket
 from tests.helpers import assert_close, assert_trees_close, make_normal
@@ -361,7 +362,7 @@ def test_cache_bytes():
 
 def test_auto_takes_the_smallest_cache_that_saves_work():
     def choice(name, max_len, **changes):
-        return initial.choose_cache(describe(name, **changes).config, max_len)
+        return choose_cache(describe(name, **changes).config, max_len)
 
     assert choice("near", 4096) == "counts"
     assert choice("near", 4096, vocab_size=32_000) == "embedding"

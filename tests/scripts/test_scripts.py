@@ -98,12 +98,9 @@ def test_plot_draws_the_curves(trained, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5_000
 
 
-@pytest.mark.slow
-def test_a_model_with_state_trains_resumes_evaluates_and_samples(tmp_path):
-    """Transformer-VQ with the standard scripts: codebooks are saved and restored with the rest."""
-    fields = {"model.name": "transformer_vq", "model.vq.codebook_size": 8}
-    fields |= {"model.vq.window_len": 6, "model.mlp": "none", "model.vq.gate": "silu"}
-    changes = [f"--config.{name}={value}" for name, value in fields.items()]
+def trains_resumes_evaluates_and_samples(tmp_path, fields):
+    """Returns the last records of a whole run and of one in two parts, after both were used."""
+    changes = [f"--config.{field}={value}" for field, value in fields.items()]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     script("train", *train_flags(whole), *changes)
     for n_steps in (3, 6):
@@ -113,12 +110,22 @@ def test_a_model_with_state_trains_resumes_evaluates_and_samples(tmp_path):
         for folder in (whole, parts)
     )
     assert parts[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-6)
-    assert parts[-1]["vq_perplexity"] == pytest.approx(whole[-1]["vq_perplexity"], rel=1e-6)
     workdir = f"--workdir={tmp_path / 'parts'}"
     done = script("evaluate", workdir, "--split=test", "--max_bytes=300")
     assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] == 300
     done = script("generate", workdir, "--prompt=import", "--max_new_tokens=9", "--seed=1")
     assert done.stdout.startswith("import")
+    return whole[-1], parts[-1]
+
+
+@pytest.mark.slow
+def test_a_model_with_state_trains_resumes_evaluates_and_samples(tmp_path):
+    """Transformer-VQ with the standard scripts: codebooks are saved and restored with the rest."""
+    fields = {"model.name": "transformer_vq", "model.vq.codebook_size": 8}
+    fields |= {"model.vq.window_len": 6, "model.mlp": "none", "model.vq.gate": "silu"}
+    whole, parts = trains_resumes_evaluates_and_samples(tmp_path, fields)
+    assert parts["vq_perplexity"] == pytest.approx(whole["vq_perplexity"], rel=1e-6)
+    workdir = f"--workdir={tmp_path / 'parts'}"
     picture = tmp_path / "codes.png"
     report = script("codebooks", workdir, f"--out={picture}").stdout.strip().splitlines()
     assert report[0].startswith("layer  0: ") and "of 8 codes in use" in report[0]
@@ -149,21 +156,7 @@ CARRIED = {  # caches that are no stack of layers: carried along the stripes, an
 @pytest.mark.parametrize("name", CARRIED)
 def test_a_model_with_one_cache_trains_resumes_evaluates_and_samples(name, tmp_path):
     fields = {"model.name": name} | CARRIED[name] | {"train.n_microbatches": 2}
-    changes = [f"--config.{field}={value}" for field, value in fields.items()]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    script("train", *train_flags(whole), *changes)
-    for n_steps in (3, 6):
-        script("train", *train_flags(parts), *changes, f"--config.train.n_steps={n_steps}")
-    whole, parts = (
-        [r for r in read_records(folder / "metrics.jsonl") if r.get("step") == 6 and "loss" in r]
-        for folder in (whole, parts)
-    )
-    assert parts[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-6)
-    workdir = f"--workdir={tmp_path / 'parts'}"
-    done = script("evaluate", workdir, "--split=test", "--max_bytes=300")
-    assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] == 300
-    done = script("generate", workdir, "--prompt=import", "--max_new_tokens=9", "--seed=1")
-    assert done.stdout.startswith("import")
+    trains_resumes_evaluates_and_samples(tmp_path, fields)
 
 
 @pytest.mark.slow
