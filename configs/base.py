@@ -53,6 +53,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.segment_len = 0  # tokens a segment of the schedule; 0 = the whole call is one segment
     c.n_ramp_buckets = 4  # diagonal: widths its ramps are compiled for; more = less waste
     c.layer_axis = ""  # diagonal: mesh axis over which the layers are spread; "" = one device
+    c.sequence_axis = ""  # mesh axis over which a call's segments are spread; "" = one device
     c.unroll = 1  # layers a loop iteration: more = longer compilation, less loop overhead
 
     c.softmax = ml_collections.ConfigDict()

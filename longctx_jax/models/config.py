@@ -65,6 +65,7 @@ class ModelConfig:
     segment_len: int = 0
     n_ramp_buckets: int = 4
     layer_axis: str = ""
+    sequence_axis: str = ""
     unroll: int = 1
     softmax: SoftmaxConfig = SoftmaxConfig()
     sliding: SlidingConfig = SlidingConfig()
@@ -96,6 +97,13 @@ class ModelConfig:
             raise ValueError(
                 "config.model.layer_axis spreads the diagonal schedule over devices: got "
                 f"{self.layer_axis!r} with schedule={self.schedule!r}; set schedule='diagonal'"
+            )
+        if self.sequence_axis and (self.layer_axis or self.recurrence == "rmt"):
+            raise ValueError(
+                "config.model.sequence_axis spreads segments over devices, which goes with neither "
+                f"layer_axis nor memory.kind='rmt': got {self.sequence_axis!r}, layer_axis="
+                f"{self.layer_axis!r}, memory.kind={self.memory.kind!r}; leave one empty, or use "
+                "memory.kind 'armt' or 'layerwise'"
             )
         if self.recurrence != "none":
             self._require_memory()

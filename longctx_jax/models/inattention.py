@@ -25,6 +25,12 @@ def build(config: ModelConfig) -> Decoder:
             "config.model.schedule must be 'layerwise' with inattention, whose layers have no "
             f"order among segments to choose: got {config.schedule!r}; leave it"
         )
+    if config.sequence_axis:
+        raise ValueError(
+            "config.model.sequence_axis does not fit inattention, whose layers hand nothing from "
+            f"segment to segment: got {config.sequence_axis!r}; spread rows (config.mesh.data) or "
+            "heads (config.mesh.model)"
+        )
     own = config.inattention
     if own.memory_position == "sinusoid" and config.d_model % 2:
         raise ValueError(

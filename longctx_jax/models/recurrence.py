@@ -296,6 +296,7 @@ class _Run:
             n_ramp_buckets=config.n_ramp_buckets,
             unroll=config.unroll,
             layer_axis=config.layer_axis,
+            sequence_axis=config.sequence_axis,
         )
 
     def _one(self, cell: str, rows: Rows, caches, number: Any, folded: int | None = None):

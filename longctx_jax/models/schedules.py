@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from longctx_jax.models.diagonal import diagonal, pipeline
 from longctx_jax.models.grid import Cell, Grid, add, leading_axis, zero_aux
+from longctx_jax.models.relay import relay
 from longctx_jax.typing import PRNGKey, PyTree
 
 SCHEDULES = ("layerwise", "sequential", "diagonal")
@@ -36,6 +37,7 @@ def run_stack(
     n_ramp_buckets: int = 4,
     unroll: int = 1,
     layer_axis: str = "",
+    sequence_axis: str = "",
     n_active: jax.Array | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Runs every cell of the grid once.
@@ -55,6 +57,8 @@ def run_stack(
             overhead.
         layer_axis: diagonal: mesh axis over which the layers are spread (`diagonal.pipeline`);
             a single segment goes through them one after another all the same.
+        sequence_axis: mesh axis over which the segments are spread (`relay.relay`), whatever the
+            schedule; a single segment is not.
         n_active: int32 [], may be traced: segments from here on are padding, so that one compiled
             program serves all lengths up to S. They change no cache, count in no aux, and their
             outputs mean nothing; None = all S count.
@@ -96,7 +100,14 @@ def run_stack(
             f"layer_axis needs the diagonal schedule: got {layer_axis!r} and schedule="
             f"{schedule!r}; set config.model.schedule"
         )
-    if layer_axis and grid.n_segments > 1:
+    if sequence_axis and (layer_axis or n_active is not None):
+        raise ValueError(
+            f"sequence_axis={sequence_axis!r} goes with neither layer_axis nor n_active: got "
+            f"layer_axis={layer_axis!r}, n_active={n_active}; spread one of them"
+        )
+    if sequence_axis and grid.n_segments > 1:
+        y, caches, aux = relay(grid, x_segments, caches, sequence_axis)
+    elif layer_axis and grid.n_segments > 1:
         y, caches, aux = pipeline(grid, x_segments, caches, layer_axis)
     elif schedule == "layerwise" or grid.n_segments == 1:
         y, caches, aux = _layerwise(grid, x_segments, caches)

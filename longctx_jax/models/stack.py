@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.relay import axis_size
 from longctx_jax.models.schedules import run_stack
 from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.blocks import Block
@@ -291,7 +292,7 @@ def run_segments(
     """
     x, documents, *rest = stream
     seq = x.shape[1]
-    segment_len = min(config.segment_len or seq, seq)
+    segment_len = min(config.segment_len or _default_segment_len(config, seq), seq)
     n_full = seq // segment_len
     wanted_back = caches is not None
     if caches is None and segment_len < seq:
@@ -312,6 +313,7 @@ def run_segments(
             n_ramp_buckets=config.n_ramp_buckets,
             unroll=config.unroll,
             layer_axis=config.layer_axis,
+            sequence_axis=config.sequence_axis,
         )
 
     def segments(leaf, start, n, length):  # [batch, seq, ...] -> [n, batch, length, ...]
@@ -327,6 +329,12 @@ def run_segments(
         y = jnp.concatenate([y, last[0]], axis=1)
         aux = jax.tree.map(jnp.add, aux, tail_aux)
     return y, caches if wanted_back else None, aux
+
+
+def _default_segment_len(config: ModelConfig, seq: int) -> int:
+    """The whole call; of a sequence that is spread over devices, the part of one."""
+    n_devices = axis_size(config.sequence_axis) if config.sequence_axis else 1
+    return seq if seq % n_devices else seq // n_devices
 
 
 def _make_cell(config: ModelConfig, block: Block, train: bool):
