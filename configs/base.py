@@ -17,6 +17,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train = train_config()
     config.eval = eval_config()
     config.log = log_config()
+    config.mesh = mesh_config()
     config.lock()
     return config
 
@@ -292,6 +293,20 @@ def eval_config() -> ml_collections.ConfigDict:
     c.batch_size = 8  # the split is cut into this many stripes, each with its own carried cache
     c.seq_len = 0  # tokens a call; 0 = data.seq_len
     c.cache_len = 0  # tokens a full-attention cache keeps; 0 = train.cache_len
+    return c
+
+
+def mesh_config() -> ml_collections.ConfigDict:
+    """How a run is spread over devices; their product is all devices of all processes."""
+    c = ml_collections.ConfigDict()
+    c.data = 0  # share out rows; 0 = all devices that the others leave, as far as rows go round
+    c.model = 0  # share out heads, MLP and vocabulary (tensor parallel); 0 = what data leaves
+    c.sequence = 1  # share out the tokens of a row (context parallel)
+    c.layer = 1  # share out the layers (model.schedule = "diagonal")
+    # parameters and optimizer state spread over data, too: on | off | auto (if they would take
+    # over a quarter of a device's memory)
+    c.fsdp = "auto"
+    c.rules = ()  # before the built-in ones: "PATTERN=AXIS,AXIS" of last dimensions, "-" = no axis
     return c
 
 

@@ -17,6 +17,8 @@ from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.training.checkpoint import Checkpointer
 from longctx_jax.training.loop import TrainData
+from longctx_jax.training.placement import Placement, device_memory
+from longctx_jax.training.plan import make_plan
 from longctx_jax.training.start import CONFIG_FILE
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
@@ -32,8 +34,10 @@ class TrainedRun:
     step: int
 
 
-def train_data(config: ml_collections.ConfigDict, splits: data.Splits) -> TrainData:
-    """Returns the training split as the loop wants it."""
+def train_data(
+    config: ml_collections.ConfigDict, splits: data.Splits, rows: tuple[int, int] | None = None
+) -> TrainData:
+    """Returns the training split as the loop wants it; `rows` of a step as in `make_dataset`."""
     tokenizer = data.build_tokenizer(config.data.tokenizer, config.data.data_dir)
     stream = splits["train"]
     sizes = {
@@ -42,7 +46,9 @@ def train_data(config: ml_collections.ConfigDict, splits: data.Splits) -> TrainD
         "seed": config.train.seed,
         "order": config.data.order,
     }
-    dataset = data.make_dataset(stream, tokenizer, **sizes, vocab_size=config.model.vocab_size)
+    dataset = data.make_dataset(
+        stream, tokenizer, **sizes, vocab_size=config.model.vocab_size, rows=rows
+    )
     tokens = data.tokenize(stream, tokenizer)
     seq_len, order = config.data.seq_len, config.data.order
     if is_one_document(stream) or data.rows_lie_within_samples(tokens, seq_len, order):
@@ -53,6 +59,20 @@ def train_data(config: ml_collections.ConfigDict, splits: data.Splits) -> TrainD
         position_of=lambda step: data.position_of(stream, tokenizer, step, **sizes),
         is_bytes=data.each_token_is_a_byte(tokens),
     )
+
+
+def print_plan(config: ml_collections.ConfigDict, n_devices: int, memory_gb: float) -> None:
+    """Prints how a run would lie on n_devices, 0 = those that are here."""
+    memory = int(memory_gb * 1e9) or (0 if n_devices else device_memory())
+    print(make_plan(config, n_devices or jax.device_count(), memory).table())
+
+
+def say_plan(config: ml_collections.ConfigDict, placement: Placement) -> None:
+    """Prints what was decided, where there is a choice."""
+    if placement.mesh is not None and jax.process_index() == 0:
+        plan = make_plan(config, placement.topology.n_devices, device_memory())
+        kind, n = jax.devices()[0].device_kind, jax.process_count()
+        print(f"{plan.line()} ({kind}, {n} process{'es' * (n > 1)})", file=sys.stderr, flush=True)
 
 
 def is_one_document(stream: data.TextStream) -> bool:
@@ -73,6 +93,7 @@ def evaluate_split(
     *,
     max_bytes: int,
     show_progress: bool = False,
+    place: Callable = lambda tree: tree,
 ) -> dict[str, float]:
     """Streams (the first max_bytes of, 0 = all of) a split through the model; see `evaluate`."""
     tokenizer = data.build_tokenizer(config.data.tokenizer, config.data.data_dir)
@@ -97,6 +118,7 @@ def evaluate_split(
         first_token_bytes=first_token_bytes,
         n_words=data.count_words(stream, tokens.byte_offset(n_tokens)) if is_text else 0,
         progress=progress_line(n_tokens) if show_progress else None,
+        place=place,
     )
 
 
@@ -115,14 +137,24 @@ def warn_of_other_segments(config: ml_collections.ConfigDict, model: Decoder) ->
         )
 
 
-def evaluator(config: ml_collections.ConfigDict, model: Decoder, splits: data.Splits) -> Callable:
+def evaluator(
+    config: ml_collections.ConfigDict,
+    model: Decoder,
+    splits: data.Splits,
+    place: Callable = lambda tree: tree,
+) -> Callable:
     """Returns state -> results on config.eval.split, for the training loop."""
     stream = splits[config.eval.split]
     warn_of_other_segments(config, model)
 
     def run(state: TrainState) -> dict[str, float]:
         return evaluate_split(
-            config, model, state.eval_variables, stream, max_bytes=config.eval.max_bytes
+            config,
+            model,
+            state.eval_variables,
+            stream,
+            max_bytes=config.eval.max_bytes,
+            place=place,
         )
 
     return run

@@ -1,8 +1,8 @@
 """Batches in an order that is a function of (seed, step, global batch size) alone.
 
 Grain gives the order: an index dataset whose item `i` is where row `i` starts (row `b` of step `s`
-is item `s * global_batch_size + b`); a process takes every `process_count`-th row and batches them.
-So neither the number of processes, nor threads, nor a restart changes what a step contains. Two
+is item `s * global_batch_size + b`); a process reads the rows of its devices. So neither the number
+of processes, nor threads, nor a restart changes what a step contains. Two
 orders exist: "stripes", where row b of a batch continues row b of the last one, and "shuffled"
 windows. Evaluation has its own walk over a split, `evaluation_stripes`. Rows of a recall task are
 made, item i of the order being row i. Not here: moving batches to devices.
@@ -49,8 +49,7 @@ def make_dataset(
     seed: int,
     order: str,
     vocab_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: tuple[int, int] | None = None,
 ) -> grain.MapDataset[Batch]:
     """Returns an endless dataset whose item `s` is this process's batch of step `s`.
 
@@ -70,34 +69,33 @@ def make_dataset(
         seed: of the order.
         order: "stripes" or "shuffled".
         vocab_size: number of ids the model knows; a batch with others raises ValueError.
-        process_index: this process gets rows process_index, process_index + process_count, ...
-        process_count: number of processes; divides global_batch_size.
+        rows: first row of a step to read, and the one after the last; None = all.
 
     Returns:
-        A random-access dataset of `Batch` with global_batch_size / process_count rows.
+        A random-access dataset of `Batch` with these rows.
 
     Raises:
         ValueError: for settings that contradict each other or a stream too short for one batch.
     """
     check_vocab_size(tokenizer, vocab_size)
     tokens = tokenize(stream, tokenizer)
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(
-            "process_index must lie in 0 .. process_count-1: got "
-            f"process_index={process_index}, process_count={process_count}"
-        )
     starts = _row_starts(tokens, seq_len, global_batch_size, seed, order)
     if isinstance(tokens, RowTokenStream):
         read = functools.partial(training_row, tokens.rows, seed, vocab_size)
     else:
         read = functools.partial(_read_row, tokens, seq_len, vocab_size)
-    if global_batch_size % process_count:
+    first, stop = rows or (0, global_batch_size)
+    if not 0 <= first < stop <= global_batch_size:
         raise ValueError(
-            "the number of processes must divide config.data.global_batch_size: got "
-            f"global_batch_size={global_batch_size}, process_count={process_count}; change "
-            "config.data.global_batch_size to a multiple"
+            f"rows must lie in 0 .. {global_batch_size} (config.data.global_batch_size): got "
+            f"{first} .. {stop}; read at least one"
         )
-    return starts[process_index::process_count].map(read).batch(global_batch_size // process_count)
+
+    def read_rows(starts: np.ndarray) -> Batch:
+        batch = [read(start) for start in starts[first:stop]]
+        return {field: np.stack([row[field] for row in batch]) for field in batch[0]}
+
+    return starts.batch(global_batch_size).map(read_rows)
 
 
 def rows_lie_within_samples(tokens: TokenStream, seq_len: int, order: str) -> bool:

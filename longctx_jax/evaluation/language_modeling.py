@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.data import RowBatches
-from longctx_jax.evaluation.recall import evaluate_rows
+from longctx_jax.evaluation.recall import Place, evaluate_rows
 from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.nn.partition import everywhere
 from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree
 
@@ -34,7 +35,7 @@ def eval_step(
     out = model.apply(variables, batch["tokens"], cache, segment_ids=batch["segment_ids"])
     assert out.cache is not None
     nll = token_nll(out.logits, batch["targets"]) * batch["weights"]
-    return jnp.sum(nll, axis=1), out.cache
+    return everywhere(jnp.sum(nll, axis=1)), out.cache
 
 
 def evaluate(
@@ -46,6 +47,7 @@ def evaluate(
     first_token_bytes: int | None = 1,
     n_words: int = 0,
     progress: Progress | None = None,
+    place: Place = lambda tree: tree,
 ) -> dict[str, float]:
     """Returns the mean losses of a text given as stripes (`data.evaluation_stripes`).
 
@@ -57,6 +59,7 @@ def evaluate(
             windows have it.
         n_words: words of the text, for `perplexity_per_word`; 0 = not reported.
         progress: called after each window.
+        place: puts batches and caches on the devices of a mesh.
 
     Returns:
         bits_per_byte, nats_per_token, perplexity_per_token, perplexity_per_word (if n_words: the
@@ -67,7 +70,7 @@ def evaluate(
         ValueError: if the text is empty or the loss is not finite.
     """
     if isinstance(batches, RowBatches):
-        return evaluate_rows(model, variables, batches, progress=progress)[0]
+        return evaluate_rows(model, variables, batches, progress=progress, place=place)[0]
     cache: ModelCache | None = None
     n_tokens, n_bytes, nats = 0, 0, 0.0
     if first_token_bytes is not None:
@@ -76,10 +79,10 @@ def evaluate(
     start = time.monotonic()
     for batch in batches:
         if cache is None:
-            cache = model.init_cache(batch["tokens"].shape[0], cache_len)
+            cache = place(model.init_cache(batch["tokens"].shape[0], cache_len))
         n_tokens += int(np.sum(batch["weights"]))
         n_bytes += int(np.sum(batch["target_bytes"]))
-        arrays = {k: jnp.asarray(v) for k, v in batch.items() if k != "target_bytes"}
+        arrays = place({k: np.asarray(v) for k, v in batch.items() if k != "target_bytes"})
         nll, cache = eval_step(model, variables, arrays, cache)
         pending.append(nll)
         if len(pending) > 1:  # the device works on the newest while the host adds an older one

@@ -20,9 +20,11 @@ from longctx_jax.data import RowBatches
 from longctx_jax.data.recall import targets_of, weights_of
 from longctx_jax.data.recall_tasks import Answer, Row, Task
 from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.nn.partition import everywhere
 from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree
 
+Place = Callable[[Any], Any]  # arrays with leading rows, or a cache -> the same on devices
 Z_95 = 1.959963984540054  # standard normal quantile of a two-sided 95 % interval
 
 
@@ -45,7 +47,7 @@ def window_step(
     """Returns predicted ids and losses (nats), each [rows, seq], and the next cache."""
     out = model.apply(variables, tokens, cache)
     predicted = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
-    return predicted, token_nll(out.logits, targets), out.cache
+    return everywhere(predicted), everywhere(token_nll(out.logits, targets)), out.cache
 
 
 def read_rows(
@@ -56,6 +58,7 @@ def read_rows(
     batch_size: int,
     window_len: int,
     cache_len: int,
+    place: Place = lambda tree: tree,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns predicted ids int32 and losses (nats) float32, each [rows, row_len].
 
@@ -68,11 +71,12 @@ def read_rows(
     tokens = np.zeros((batch_size, n_windows * window_len), np.int32)
     tokens[:n_rows, :row_len] = texts
     targets = targets_of(tokens)
-    cache = model.init_cache(batch_size, cache_len) if n_windows > 1 else None
+    cache = place(model.init_cache(batch_size, cache_len)) if n_windows > 1 else None
     found = []
     for start in range(0, tokens.shape[1], window_len):
         window = slice(start, start + window_len)
-        *result, cache = window_step(model, variables, tokens[:, window], targets[:, window], cache)
+        here = place({"tokens": tokens[:, window], "targets": targets[:, window]})
+        *result, cache = window_step(model, variables, here["tokens"], here["targets"], cache)
         found.append(result)
     predicted, nll = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
     return predicted[:n_rows, :row_len], nll[:n_rows, :row_len]
@@ -103,12 +107,14 @@ def evaluate_rows(
     *,
     cache_len: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    place: Place = lambda tree: tree,
 ) -> tuple[dict[str, float], list[Scored]]:
     """Returns mean losses and accuracy over held-out rows, and the score of each question.
 
     Args:
         cache_len: tokens that full attention looks back on; 0 = a whole row.
         progress: called after each batch of rows with bytes read and seconds.
+        place: puts windows and caches on the devices of a mesh.
 
     Returns:
         bits_per_byte, nats_per_token, perplexity_per_token, tokens, bytes (all of answers alone),
@@ -130,7 +136,8 @@ def evaluate_rows(
     scored: list[Scored] = []
     n_tokens, n_bytes_read, nats, start = 0, 0, 0.0, time.monotonic()
     for rows in batches:
-        predicted, nll = read_rows(model, variables, rows, **sizes, cache_len=cache_len or row_len)
+        options = {**sizes, "cache_len": cache_len or row_len, "place": place}
+        predicted, nll = read_rows(model, variables, rows, **options)
         scored += score_answers(predicted, rows, batches.rows.task)
         weights = np.stack([weights_of(row) for row in rows])
         n_tokens += int(np.sum(weights))

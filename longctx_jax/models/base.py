@@ -20,6 +20,7 @@ from longctx_jax.models.stack import call_module, has_state
 from longctx_jax.nn.contract import Aux, advance_documents
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.norms import make_norm
+from longctx_jax.nn.partition import spread_tokens
 from longctx_jax.typing import PRNGKey, PyTree
 
 
@@ -219,7 +220,7 @@ class Decoder:
                 before = (cache.layers, cache.carried)
             documents, last_id, document = advance_documents(segment_ids, *last, seq, weights)
 
-        x = call_module(self._embed, params["embed"], tokens)
+        x = spread_tokens(call_module(self._embed, params["embed"], tokens))
         if key is not None:
             x = self._drop_embedding(x, jax.random.fold_in(key, 0))
             key = jax.random.fold_in(key, 1)

@@ -22,6 +22,7 @@ from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.decay_attention import DecayAttention
 from longctx_jax.nn.mamba import Mamba
+from longctx_jax.nn.partition import spread_tokens
 from longctx_jax.nn.rwkv import RWKVTimeMix
 from longctx_jax.nn.vq_attention import VQAttention
 from longctx_jax.typing import PRNGKey, PyTree
@@ -346,7 +347,7 @@ def _make_cell(config: ModelConfig, block: Block, train: bool):
         y, cache, aux = call_module(
             block, params, x, cache, documents, state=state, layer=layer, train=train, rngs=rngs
         )
-        return (y, documents), cache, aux
+        return (spread_tokens(y), documents), cache, aux
 
     return rematerialize(config, cell)
 

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.nn.partition import everywhere
+
 
 class Embed(nn.Module):
     """Table [vocab, d_model] and the output matrix: the same table, or one of its own.
@@ -30,7 +32,8 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings, [batch, seq] -> [batch, seq, d_model]."""
-        return (self.table[tokens] * self.scale).astype(self.dtype)
+        table = everywhere(self.table)  # gathered once: rows would else be gathered a token
+        return (table[tokens] * self.scale).astype(self.dtype)
 
     def unembedding(self) -> jax.Array:
         """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""

@@ -1,9 +1,11 @@
 """Checkpoints: the only file that touches Orbax.
 
 A checkpoint holds the train state, the data position, and `meta`: format number, resolved config,
-library versions, and for every array its shape, dtype and CRC-32. Orbax makes saving atomic (a kill
-leaves the last good step) and asynchronous; the checksums catch what a file system does afterwards,
-since the array format itself returns flipped bytes without complaint.
+library versions, and for every array its shape, dtype and checksum. Orbax makes saving atomic (a
+kill leaves the last good step) and asynchronous; the checksums catch what a file system does
+afterwards, since the array format itself returns flipped bytes without complaint. Of several
+processes each writes its part, all call the same methods, and a checkpoint can be restored on any
+other topology.
 """
 
 import dataclasses
@@ -11,7 +13,6 @@ import os
 import pathlib
 import shutil
 import time
-import zlib
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -21,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from longctx_jax.training.checksums import checksums
 from longctx_jax.typing import PyTree
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "checkpoints_damaged"
 VERSIONED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -158,7 +161,8 @@ class Checkpointer:
         Args:
             step: one of `steps()`.
             template: a TrainState or any subtree of one in the same positions (a dict with some of
-                its fields restores those only); leaves need shape and dtype.
+                its fields restores those only); leaves need shape and dtype, and those that have a
+                sharding are restored with it, others onto the default device.
 
         Raises:
             FileNotFoundError: no such step.
@@ -170,9 +174,14 @@ class Checkpointer:
                 f"step must be a checkpoint of {self._folder}: got {step}; there are {self.steps()}"
             )
         meta = self.read_meta(step)
+        if meta.get("format") != FORMAT:
+            raise ValueError(
+                f"a checkpoint must have format {FORMAT}: {self._folder / str(step)} has "
+                f"{meta.get('format')}; use the version of longctx_jax that wrote it"
+            )
         abstract = jax.eval_shape(_key_data, template)
         _require_same_leaves(meta, abstract, self._folder / str(step))
-        args = ocp.checkpoint_utils.construct_restore_args(_on_default_device(abstract))
+        args = ocp.checkpoint_utils.construct_restore_args(_placed(abstract, template))
         try:
             restored = self._manager.restore(
                 step,
@@ -205,12 +214,15 @@ class Checkpointer:
         steps = self.steps()
         damaged: list[int] = []
         for step in reversed(steps):
+            restored = None
             try:
                 restored = self.restore(step, template)
             except CheckpointError as error:
                 logging.error("falling back to the checkpoint before step %d: %s", step, error)
+            if not _all_processes(restored is not None):
                 damaged.append(step)
                 continue
+            assert restored is not None
             for bad in damaged:
                 self._set_aside(bad)
             return restored
@@ -224,10 +236,15 @@ class Checkpointer:
     def _set_aside(self, step: int) -> None:
         if self._is_read_only:
             return
+        if jax.process_index() == 0:
+            self._move_aside(step)
+        _all_processes(True)  # nobody looks before it is gone
+        self._manager.reload()
+
+    def _move_aside(self, step: int) -> None:
         target = self._workdir / DAMAGED_FOLDER / f"{step}-{int(time.time())}"
         target.parent.mkdir(exist_ok=True)
         shutil.move(self._folder / str(step), target)
-        self._manager.reload()
 
     def _require_space(self, step: int, arrays: PyTree) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -284,21 +301,36 @@ def _wrap_keys(arrays: PyTree, template: PyTree) -> PyTree:
     )
 
 
-def _on_default_device(abstract: PyTree) -> PyTree:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract
-    )
+def _placed(abstract: PyTree, template: PyTree) -> PyTree:
+    """Shapes with the shardings of the template; where it has none, on the default device."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(shape, leaf):
+        sharding = getattr(leaf, "sharding", None) or default
+        if shape.shape != leaf.shape and isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = sharding.update(spec=jax.sharding.PartitionSpec())  # a key's words
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, abstract, template)
+
+
+def _all_processes(is_well: bool) -> bool:
+    """Whether all is well on every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return is_well
+    return bool(np.all(multihost_utils.process_allgather(np.array(is_well, np.int32))))
 
 
 def _describe(tree: PyTree, *, with_checksums: bool) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and (for real arrays) CRC-32 of every leaf, by path."""
-    described = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        if with_checksums:
-            entry["crc32"] = zlib.crc32(np.ascontiguousarray(leaf).tobytes())
-        described[_name(path)] = entry
+    """Shape, dtype and (for real arrays) checksum of every leaf, by path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    described = {
+        _name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in flat
+    }
+    if with_checksums:
+        sums = checksums([leaf for _, leaf in flat])
+        for entry, value in zip(described.values(), sums, strict=True):
+            entry["checksum"] = f"{value:016x}"  # JSON's readers differ on 64-bit numbers
     return described
 
 
@@ -326,7 +358,7 @@ def _require_same_leaves(meta: dict[str, Any], abstract: PyTree, where: pathlib.
 
 def _require_checksums(meta: dict[str, Any], state: PyTree) -> None:
     for name, entry in _describe(state, with_checksums=True).items():
-        if entry["crc32"] != meta["leaves"][name]["crc32"]:
+        if entry["checksum"] != meta["leaves"][name]["checksum"]:
             raise ValueError(f"the checksum of {name} is wrong")
 
 

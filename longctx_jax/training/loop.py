@@ -3,7 +3,9 @@
 Where a run starts, in this order: (1) the newest whole checkpoint of its work directory; (2) the
 weights of the run that config.train.init_from names, at step 0; (3) fresh weights. Step n is
 dispatched before the metrics of step n-1 are fetched, so reporting never stalls the device. SIGTERM
-and SIGINT save and return.
+and SIGINT save and return. Of several processes all run this loop in step; a signal to any of them
+stops all after the same step, by a vote that travels with the batch; process 0 writes what is not a
+checkpoint.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from longctx_jax.training.checkpoint import Checkpointer
 from longctx_jax.training.curriculum import cut_rows, row_len
 from longctx_jax.training.metrics import METRICS_FILE, CompositeWriter, make_writer, read_records
 from longctx_jax.training.optimizer import make_optimizer
+from longctx_jax.training.placement import ONE_DEVICE, Placement, with_shardings
 from longctx_jax.training.start import (
     CONFIG_FILE,
     carried_cache_len,
@@ -38,7 +41,8 @@ from longctx_jax.training.start import (
     write_json,
 )
 from longctx_jax.training.state import TrainState, init_state
-from longctx_jax.training.step import Metrics, make_train_step
+from longctx_jax.training.step import STOP_VOTES, Metrics, make_train_step
+from longctx_jax.typing import PyTree
 
 DONE_FILE = "DONE.json"
 
@@ -53,7 +57,7 @@ class NonFiniteLossError(ValueError):
 class TrainData:
     """What the loop needs to know about the data."""
 
-    dataset: grain.MapDataset  # item s = the batch of step s
+    dataset: grain.MapDataset  # item s = the batch of step s, of this process's rows
     position_of: Callable[[int], str]  # step -> where its data lies, for messages
     is_bytes: bool  # one token is one byte, so the training loss has a bits-per-byte
 
@@ -71,6 +75,7 @@ def train(
     model: Decoder,
     data: TrainData,
     evaluate: Evaluate,
+    placement: Placement = ONE_DEVICE,
 ) -> dict[str, Any]:
     """Trains to config.train.n_steps, or to the next signal, and returns the final record.
 
@@ -79,6 +84,7 @@ def train(
         workdir: of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
             DONE.json with the returned record.
         evaluate: state -> results on the held-out split.
+        placement: of the run's arrays; the model is one that runs there.
 
     Returns:
         {"step", "is_finished", "eval": {...}}; "eval" only when finished.
@@ -95,9 +101,10 @@ def train(
     checkpointer = Checkpointer(
         workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
     )
-    with _stop_on_signals() as stop:
-        run = _Run(config, workdir, model, data, evaluate, checkpointer)
-        write_json(workdir / CONFIG_FILE, resolved(config))  # the run is possible: claim the folder
+    with _stop_on_signals() as stop, placement.context():
+        run = _Run(config, workdir, model, data, evaluate, checkpointer, placement)
+        if is_main_process():  # the run is possible: claim the folder
+            write_json(workdir / CONFIG_FILE, resolved(config))
         try:
             return run.go(stop)
         finally:
@@ -108,8 +115,12 @@ def train(
 class _Run:
     """One call of `train`: the loop's variables, so that its steps can be small functions."""
 
-    def __init__(self, config, workdir, model, data, evaluate, checkpointer: Checkpointer):
+    def __init__(
+        self, config, workdir, model, data, evaluate, checkpointer: Checkpointer, placement
+    ):
         self.config, self.workdir, self.model = config, workdir, model
+        self.placement: Placement = placement
+        self.shardings: PyTree = None  # of the state; None = one device
         self.data, self.evaluate, self.checkpointer = data, evaluate, checkpointer
         self.tx, self.schedule = make_optimizer(config.optim, config.train.n_steps)
         self.state = self._start()
@@ -119,6 +130,7 @@ class _Run:
         self.window = _Window()
         self.writer: CompositeWriter | None = None
         self.is_profiling = False
+        self.votes = 0  # of several processes: how many devices' were asked to stop
         self.tokens_per_step = config.data.global_batch_size * config.data.seq_len
 
     def close(self):
@@ -127,18 +139,7 @@ class _Run:
 
     def go(self, stop: _Stop) -> dict[str, Any]:
         config, n_steps = self.config, self.config.train.n_steps
-        (self.workdir / DONE_FILE).unlink(missing_ok=True)
-        self.writer = make_writer(
-            self.workdir,
-            n_steps=n_steps,
-            tensorboard=config.log.tensorboard,
-            wandb=config.log.wandb,
-            wandb_project=config.log.wandb_project,
-            resume_step=self.step,
-            run_config=config.to_dict(),
-        )
-        kept = [r["seconds"] for r in read_records(self.workdir / METRICS_FILE) if "seconds" in r]
-        self.window.total_s = kept[-1] if kept else 0.0
+        self.writer = self._make_writer()
         train_step = make_train_step(
             self.model,
             self.tx,
@@ -148,14 +149,17 @@ class _Run:
             ema_decay=config.train.ema_decay,
             cold_start_every=config.train.cold_start_every,
             cache_len=carried_cache_len(config),
+            state_shardings=self.shardings,
         )
         batches = iter(make_iterator(self.data.dataset, self.step, config.data.n_workers))
         results: dict[str, float] = {}
         self.window.restart()
-        while self.step < n_steps and not stop.signal_name:
+        while self.step < n_steps and not self._must_stop(stop):
             self._profile(self.step)
             batch = cut_rows(next(batches), row_len(config, self.step))
-            self.state, metrics = train_step(self.state, batch)
+            votes = self.placement.vote(bool(stop.signal_name))
+            batch = self.placement.put_batch(batch)
+            self.state, metrics = train_step(self.state, batch, votes)
             self._report()
             self.step += 1
             self.pending = (self.step, metrics)
@@ -163,20 +167,45 @@ class _Run:
             if is_last or self.step % config.train.checkpoint_every == 0:
                 self._save()
             is_due = config.eval.every and self.step % config.eval.every == 0
-            if is_last or (is_due and not stop.signal_name):
+            if is_last or (is_due and not self._must_stop(stop)):
                 results = self._evaluate()
         self._report()
         self._profile(None)
         if self.step < n_steps:
-            print(f"{stop.signal_name}: saving step {self.step}", file=sys.stderr, flush=True)
+            who = stop.signal_name or "stop of another process"
+            print(f"{who}: saving step {self.step}", file=sys.stderr, flush=True)
         if self.saved_step != self.step:
             self._save()
         self.checkpointer.wait()
         record = {"step": self.step, "is_finished": self.step >= n_steps}
         if record["is_finished"]:
             record["eval"] = results or self._evaluate()
-            write_json(self.workdir / DONE_FILE, record)
+            if is_main_process():
+                write_json(self.workdir / DONE_FILE, record)
         return record
+
+    def _make_writer(self) -> CompositeWriter:
+        """Takes over the folder's records; processes beside the first write none."""
+        if not is_main_process():
+            return CompositeWriter()
+        config = self.config
+        (self.workdir / DONE_FILE).unlink(missing_ok=True)
+        writer = make_writer(
+            self.workdir,
+            n_steps=config.train.n_steps,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            wandb_project=config.log.wandb_project,
+            resume_step=self.step,
+            run_config=config.to_dict(),
+        )
+        kept = [r["seconds"] for r in read_records(self.workdir / METRICS_FILE) if "seconds" in r]
+        self.window.total_s = kept[-1] if kept else 0.0
+        return writer
+
+    def _must_stop(self, stop: _Stop) -> bool:
+        """Whether to end after this step; the same answer on all processes."""
+        return self.votes > 0 if jax.process_count() > 1 else bool(stop.signal_name)
 
     def _start(self) -> TrainState:
         train_config, data_config = self.config.train, self.config.data
@@ -191,11 +220,18 @@ class _Run:
                 use_ema=bool(train_config.ema_decay),
             )
 
-        restored = self.checkpointer.restore_latest(jax.eval_shape(fresh))
+        shapes = jax.eval_shape(fresh)
+        layout = self.placement.layout(self.config, shapes)
+        if layout is not None:
+            assert self.placement.mesh is not None
+            self.shardings = layout.shardings(shapes, self.placement.mesh)
+            shapes = with_shardings(shapes, self.shardings)
+        restored = self.checkpointer.restore_latest(shapes)
         if restored is not None:
             print(f"resuming at step {restored.step}", file=sys.stderr, flush=True)
             return restored.state
-        state = fresh()
+        # Spread from the start: no device ever holds the whole state.
+        state = jax.jit(fresh, out_shardings=self.shardings)() if self.shardings else fresh()
         if train_config.init_from:
             state = with_weights_of(train_config.init_from, self.model, state)
         return state
@@ -208,6 +244,7 @@ class _Run:
         self.pending = None
         measured = {n: m for n, m in metrics.items() if not isinstance(m, Mean) or m.count > 0}
         scalars = {name: float(value) for name, value in measured.items()}
+        self.votes = int(scalars.pop(STOP_VOTES, 0))
         if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
             raise NonFiniteLossError(
                 f"loss and gradient must be finite: step {step} has loss={scalars['loss']}, "
@@ -289,6 +326,11 @@ class _Window:
         loss, speed = sum(self._losses) / len(self._losses), len(self._losses) / max(seconds, 1e-9)
         self.restart()
         return loss, speed
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes what all know."""
+    return jax.process_index() == 0
 
 
 @contextlib.contextmanager

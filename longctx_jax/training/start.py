@@ -29,6 +29,7 @@ FREE_FIELDS = (
     "data.n_workers",
     "eval.",
     "log.",
+    "mesh.",
 )
 
 

@@ -22,9 +22,10 @@ from longctx_jax.typing import PRNGKey, PyTree
 
 Batch = Mapping[str, Any]  # numpy or jax arrays [rows, seq]
 Sums = dict[str, Any]  # over the tokens of a batch: nll, tokens (their weights), aux (of the model)
+STOP_VOTES = "stop_votes"  # how many devices' processes were asked to stop
 STATE_KEY = 2**31 - 1  # folded in for updates of model_state; micro-batches fold in 0, 1, ...
 Metrics = dict[str, jax.Array | Mean]  # scalars, each to be read by float()
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -37,6 +38,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     cold_start_every: int = 0,
     cache_len: int = 0,
+    state_shardings: PyTree = None,
 ) -> TrainStep:
     """Returns the compiled update (state, batch) -> (state, metrics); the old state is donated.
 
@@ -49,16 +51,19 @@ def make_train_step(
         cold_start_every: updates between two at which a carried cache starts empty; 0 = it never
             does again.
         cache_len: tokens, of the empty cache that takes its place.
+        state_shardings: of the state on a mesh of devices, which stays as it is spread; None = one
+            device.
 
     Returns:
         A function of batches with tokens, targets, weights (of the loss, and of what the model
         counts unless model_weights say otherwise), maybe segment_ids. Its metrics are loss
         (nats a token), grad_norm, one entry an auxiliary loss, and one a model metric: a `Mean`,
-        which may be of nothing.
+        which may be of nothing. A third argument, an array of votes, comes back as their sum in the
+        metric `STOP_VOTES`.
     """
     rules = _LossRules(loss_chunk_len, loss_positions)
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, votes: jax.Array | None = None):
         key = jax.random.fold_in(state.key, state.step)
         cache = state.cache if isinstance(state.cache, ModelCache) else None
         if cache is not None and cold_start_every:
@@ -76,9 +81,12 @@ def make_train_step(
         # With losses of some positions, none of those drawn may count: no gradient, then.
         n_tokens = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / n_tokens, grads)
-        return _updated(model, tx, ema_decay, state, grads, sums, cache)
+        state, metrics = _updated(model, tx, ema_decay, state, grads, sums, cache)
+        return state, metrics if votes is None else metrics | {STOP_VOTES: jnp.sum(votes)}
 
-    return jax.jit(train_step, donate_argnums=0)
+    if state_shardings is None:
+        return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 class _LossRules(NamedTuple):
