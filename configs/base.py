@@ -293,6 +293,10 @@ def eval_config() -> ml_collections.ConfigDict:
     c.batch_size = 8  # the split is cut into this many stripes, each with its own carried cache
     c.seq_len = 0  # tokens a call; 0 = data.seq_len
     c.cache_len = 0  # tokens a full-attention cache keeps; 0 = train.cache_len
+    c.sample_every = 0  # steps between texts that the model writes into samples.jsonl; 0 = off
+    c.sample_prompts = ("\n",)
+    c.sample_tokens = 200  # tokens a sample
+    c.sample_temperature = 1.0
     return c
 
 
@@ -315,6 +319,10 @@ def log_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.every = 20  # steps between metric records
     c.tensorboard = True
+    # seconds without a step after which the stacks of all threads go to hang.txt; 0 = off. More
+    # than compiling, saving or evaluating takes
+    c.hang_timeout_s = 1_800.0
+    c.hang_exit = False  # and end the process then, for a scheduler to start it again
     c.wandb = False  # needs the extra `wandb`
     c.wandb_project = "longctx_jax"
     return c

@@ -12,6 +12,8 @@ import ml_collections
 from absl import logging
 
 from longctx_jax import data
+from longctx_jax.decoding import generate
+from longctx_jax.decoding.sampling import Sampling
 from longctx_jax.evaluation.language_modeling import evaluate
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
@@ -58,6 +60,7 @@ def train_data(
         dataset=dataset,
         position_of=lambda step: data.position_of(stream, tokenizer, step, **sizes),
         is_bytes=data.each_token_is_a_byte(tokens),
+        fingerprint="" if isinstance(stream, data.RowStream) else data.fingerprint(stream),
     )
 
 
@@ -158,6 +161,42 @@ def evaluator(
         )
 
     return run
+
+
+def sampler(config: ml_collections.ConfigDict) -> Callable | None:
+    """Returns state -> samples of config.eval.sample_prompts, for the loop; None if off."""
+    if not config.eval.sample_every:
+        return None
+    if jax.process_count() > 1:
+        logging.warning("config.eval.sample_every does nothing in a run of several processes")
+        return None
+    model = build_model(config.model)
+    tokenizer = data.build_tokenizer(config.data.tokenizer, config.data.data_dir)
+    prompts = list(config.eval.sample_prompts)
+    if not prompts or not all(prompts):
+        raise ValueError(
+            f"config.eval.sample_prompts must hold texts that are not empty: got {prompts}; use "
+            "('\\n',), or set config.eval.sample_every=0"
+        )
+    ids = [data.prompt_ids(tokenizer, prompt.encode()) for prompt in prompts]
+
+    def sample(state: TrainState) -> list[dict[str, str]]:
+        rows = generate(
+            model,
+            state.eval_variables,
+            ids,
+            max_new_tokens=config.eval.sample_tokens,
+            key=jax.random.key(config.train.seed),
+            sampling=Sampling(config.eval.sample_temperature),
+            cache_len=eval_cache_len(config),
+        )
+        texts = [tokenizer.decode(data.until_separator(tokenizer, row)) for row in rows]
+        return [
+            {"prompt": prompt, "text": text.decode(errors="replace")}
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+
+    return sample
 
 
 def restore_run(workdir: str, step: int = -1) -> TrainedRun:

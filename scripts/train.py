@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> None:
         assembly.train_data(config, splits, rows),
         assembly.evaluator(config, model, splits, placement.put),
         placement,
+        assembly.sampler(config),
     )
     if is_main_process():
         print(json.dumps(record))

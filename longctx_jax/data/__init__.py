@@ -16,6 +16,7 @@ from longctx_jax.data.recall import RECALL_NAMES, RowBatches, RowStream
 from longctx_jax.data.sources import SOURCES, load_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
 from longctx_jax.data.streams import TextStream, count_words
+from longctx_jax.data.token_cache import fingerprint
 from longctx_jax.data.tokenizers import build_tokenizer, tokenize
 from longctx_jax.data.tokens import (
     Tokenizer,
@@ -43,6 +44,7 @@ __all__ = [
     "check_ids",
     "count_words",
     "each_token_is_a_byte",
+    "fingerprint",
     "evaluation_stripes",
     "get_state",
     "load_source",

@@ -44,7 +44,7 @@ class Restored:
 
     step: int
     state: PyTree
-    data: dict[str, int]  # position of the data iterator, {"next_index": step}
+    data: dict[str, Any]  # {"next_index": step, "fingerprint": digest of the text}
     meta: dict[str, Any]
 
 
@@ -94,8 +94,16 @@ class Checkpointer:
         """Returns the steps that have a finished checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: PyTree, config: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: PyTree, config: dict[str, Any], *, fingerprint: str = ""
+    ) -> None:
         """Starts saving; returns when the state may be overwritten.
+
+        Args:
+            step: updates done.
+            state: a TrainState.
+            config: the resolved config.
+            fingerprint: of the text that the next steps read; "" = unknown.
 
         Raises:
             CheckpointError: if this or the save before failed; older checkpoints are intact.
@@ -114,7 +122,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(arrays),
-                    data=ocp.args.JsonSave({"next_index": step}),
+                    data=ocp.args.JsonSave({"next_index": step, "fingerprint": fingerprint}),
                     meta=ocp.args.JsonSave(meta),
                 ),
                 force=True,

@@ -10,6 +10,7 @@ checkpoint.
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -26,7 +27,7 @@ from longctx_jax.data import make_iterator
 from longctx_jax.models.base import Decoder
 from longctx_jax.nn.contract import Mean
 from longctx_jax.ops.losses import NATS_PER_BIT
-from longctx_jax.training.checkpoint import Checkpointer
+from longctx_jax.training.checkpoint import Checkpointer, Restored
 from longctx_jax.training.curriculum import cut_rows, row_len
 from longctx_jax.training.metrics import METRICS_FILE, CompositeWriter, make_writer, read_records
 from longctx_jax.training.optimizer import make_optimizer
@@ -42,11 +43,15 @@ from longctx_jax.training.start import (
 )
 from longctx_jax.training.state import TrainState, init_state
 from longctx_jax.training.step import STOP_VOTES, Metrics, make_train_step
+from longctx_jax.training.watchdog import StepTimes, Watchdog
+from longctx_jax.training.workdir_lock import locked
 from longctx_jax.typing import PyTree
 
 DONE_FILE = "DONE.json"
+SAMPLES_FILE = "samples.jsonl"
 
 Evaluate = Callable[[TrainState], dict[str, float]]
+Sample = Callable[[TrainState], list[dict[str, str]]]  # -> prompt and text of each sample
 
 
 class NonFiniteLossError(ValueError):
@@ -60,6 +65,7 @@ class TrainData:
     dataset: grain.MapDataset  # item s = the batch of step s, of this process's rows
     position_of: Callable[[int], str]  # step -> where its data lies, for messages
     is_bytes: bool  # one token is one byte, so the training loss has a bits-per-byte
+    fingerprint: str = ""  # of the text; a run goes on only with the text it began with
 
 
 @dataclasses.dataclass
@@ -76,6 +82,7 @@ def train(
     data: TrainData,
     evaluate: Evaluate,
     placement: Placement = ONE_DEVICE,
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Trains to config.train.n_steps, or to the next signal, and returns the final record.
 
@@ -85,12 +92,14 @@ def train(
             DONE.json with the returned record.
         evaluate: state -> results on the held-out split.
         placement: of the run's arrays; the model is one that runs there.
+        sample: writes text every config.eval.sample_every steps, into samples.jsonl.
 
     Returns:
         {"step", "is_finished", "eval": {...}}; "eval" only when finished.
 
     Raises:
-        ValueError: the work directory belongs to another config, or impossible settings.
+        ValueError: the work directory belongs to another config or text, or impossible settings.
+        BlockingIOError: another process trains in the work directory.
         NonFiniteLossError: the loss or gradient norm is not finite; the last checkpoint is from
             before.
         CheckpointError: saving failed; older checkpoints are intact.
@@ -98,11 +107,13 @@ def train(
     workdir = pathlib.Path(workdir)
     check_config(config)
     require_same_config(workdir, config)
-    checkpointer = Checkpointer(
-        workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
-    )
-    with _stop_on_signals() as stop, placement.context():
-        run = _Run(config, workdir, model, data, evaluate, checkpointer, placement)
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = locked(workdir) if is_main_process() else contextlib.nullcontext()
+    with lock, _stop_on_signals() as stop, placement.context():
+        checkpointer = Checkpointer(  # inside the lock: it clears away unfinished saves
+            workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
+        )
+        run = _Run(config, workdir, model, data, evaluate, checkpointer, placement, sample)
         if is_main_process():  # the run is possible: claim the folder
             write_json(workdir / CONFIG_FILE, resolved(config))
         try:
@@ -116,10 +127,11 @@ class _Run:
     """One call of `train`: the loop's variables, so that its steps can be small functions."""
 
     def __init__(
-        self, config, workdir, model, data, evaluate, checkpointer: Checkpointer, placement
+        self, config, workdir, model, data, evaluate, checkpointer: Checkpointer, placement, sample
     ):
         self.config, self.workdir, self.model = config, workdir, model
         self.placement: Placement = placement
+        self.sample: Sample | None = sample
         self.shardings: PyTree = None  # of the state; None = one device
         self.data, self.evaluate, self.checkpointer = data, evaluate, checkpointer
         self.tx, self.schedule = make_optimizer(config.optim, config.train.n_steps)
@@ -128,12 +140,16 @@ class _Run:
         self.saved_step = self.step if self.step else -1
         self.pending: tuple[int, Metrics] | None = None
         self.window = _Window()
+        self.times = StepTimes()
+        self.watchdog = Watchdog(workdir, config.log.hang_timeout_s, must_exit=config.log.hang_exit)
         self.writer: CompositeWriter | None = None
         self.is_profiling = False
+        self.save_s = 0.0  # of this process's waits for saves
         self.votes = 0  # of several processes: how many devices' were asked to stop
         self.tokens_per_step = config.data.global_batch_size * config.data.seq_len
 
     def close(self):
+        self.watchdog.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -154,21 +170,29 @@ class _Run:
         batches = iter(make_iterator(self.data.dataset, self.step, config.data.n_workers))
         results: dict[str, float] = {}
         self.window.restart()
+        self.times.skip()
         while self.step < n_steps and not self._must_stop(stop):
+            self.watchdog.pat()
             self._profile(self.step)
+            start = time.monotonic()
             batch = cut_rows(next(batches), row_len(config, self.step))
+            wait_s = time.monotonic() - start
             votes = self.placement.vote(bool(stop.signal_name))
             batch = self.placement.put_batch(batch)
             self.state, metrics = train_step(self.state, batch, votes)
             self._report()
             self.step += 1
             self.pending = (self.step, metrics)
+            self.times.add(self.step, wait_s)
             is_last = self.step == n_steps
             if is_last or self.step % config.train.checkpoint_every == 0:
                 self._save()
             is_due = config.eval.every and self.step % config.eval.every == 0
             if is_last or (is_due and not self._must_stop(stop)):
                 results = self._evaluate()
+            if self._is_sample_due():
+                self._sample()
+        self.watchdog.close()  # from here on nothing repeats
         self._report()
         self._profile(None)
         if self.step < n_steps:
@@ -228,6 +252,7 @@ class _Run:
             shapes = with_shardings(shapes, self.shardings)
         restored = self.checkpointer.restore_latest(shapes)
         if restored is not None:
+            self._require_same_text(restored)
             print(f"resuming at step {restored.step}", file=sys.stderr, flush=True)
             return restored.state
         # Spread from the start: no device ever holds the whole state.
@@ -265,6 +290,8 @@ class _Run:
             "tokens_per_s": steps_per_s * self.tokens_per_step,
             "tokens": step * self.tokens_per_step,
             "seconds": self.window.total_s,
+            "save_seconds": self.save_s,
+            **self.times.read(),
         }
         assert self.writer is not None
         self.writer.write(step, scalars)
@@ -272,16 +299,48 @@ class _Run:
     def _save(self) -> None:
         self._report()  # a state that is not finite must never be saved
         with self.window.paused():
-            self.checkpointer.save(self.step, self.state, self.config.to_dict())
+            start = time.monotonic()
+            self.checkpointer.save(
+                self.step, self.state, self.config.to_dict(), fingerprint=self.data.fingerprint
+            )
+            self.save_s += time.monotonic() - start
+        self.times.skip()
         self.saved_step = self.step
 
     def _evaluate(self) -> dict[str, float]:
         self._report()
         with self.window.paused():
             results = self.evaluate(self.state)
+        self.times.skip()
         assert self.writer is not None
         self.writer.write(self.step, {f"eval/{name}": value for name, value in results.items()})
         return {"split": self.config.eval.split, **results}
+
+    def _require_same_text(self, restored: Restored) -> None:
+        before, now = restored.data.get("fingerprint", ""), self.data.fingerprint
+        if before and now and before != now:
+            raise ValueError(
+                f"a run goes on with the text it began with: {self.workdir} was trained on one "
+                f"with digest {before[:16]} up to step {restored.step}, and config.data.name="
+                f"{self.config.data.name!r} is one with {now[:16]} now; put the old files back, or "
+                "start a new --workdir (config.train.init_from takes weights over)"
+            )
+
+    def _is_sample_due(self) -> bool:
+        every = self.config.eval.sample_every
+        return self.sample is not None and every > 0 and self.step % every == 0
+
+    def _sample(self) -> None:
+        """Appends what the model writes now to samples.jsonl."""
+        self._report()
+        assert self.sample is not None
+        with self.window.paused():
+            samples = self.sample(self.state)
+        self.times.skip()
+        if is_main_process():
+            with (self.workdir / SAMPLES_FILE).open("a") as file:
+                for one in samples:
+                    file.write(json.dumps({"step": self.step, **one}) + "\n")
 
     def _profile(self, step: int | None) -> None:
         """Starts and stops the profiler window; step None = the run ends."""
