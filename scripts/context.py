@@ -74,6 +74,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
         )
         row = {
             "suite": "context",
+            "run": folder.resolve().name,
             "data": config.data.name,
             "split": _SPLIT.value,
             "pattern": model.pattern,

@@ -47,6 +47,12 @@ ALLOWED = {
         "longctx_jax.data",
     },
     "benchmarking": ANYTHING,
+    "reporting": {
+        "longctx_jax.reporting",
+        "longctx_jax.benchmarking.plots",
+        "longctx_jax.training.metrics",
+        "longctx_jax.training.sweep",
+    },
     "conversion": {
         "longctx_jax.conversion",
         "longctx_jax.models",
@@ -71,6 +77,7 @@ FORBIDDEN = {
     "nn": {"optax", "grain", "ml_collections"},
     "models": {"optax", "grain", "ml_collections"},
     "data": {"flax", "optax"},
+    "reporting": {"jax", "flax", "optax", "orbax", "grain", "ml_collections"},
     "configs": {"jax", "flax", "optax", "numpy", "grain", "longctx_jax", "scripts"},
 }
 
@@ -137,9 +144,10 @@ def test_the_rules_cover_every_folder():
         ("longctx_jax", {"jax", "flax", "numpy", "grain", "optax"}),
         ("configs.base", {"jax", "flax", "numpy", "grain", "optax", "longctx_jax"}),
         ("longctx_jax.ops.attention", {"flax", "optax", "grain", "orbax", "ml_collections"}),
+        ("longctx_jax.reporting.report", {"jax", "flax", "optax", "orbax", "grain"}),
         ("longctx_jax.models", {"optax", "grain", "orbax", "tensorflow", "ml_collections"}),
     ],
-    ids=["package", "configs", "ops", "models"],
+    ids=["package", "configs", "ops", "reporting", "models"],
 )
 def test_importing_loads_nothing_heavy(module, unwanted):
     program = f"import sys, {module}; print(*{{m.split('.')[0] for m in sys.modules}})"

@@ -67,7 +67,9 @@ def test_context_lengths(trained, tmp_path):
     sizes = ("--lengths=16,64", "--max_bytes=128")
     script("context", trained, f"--out={out}", *sizes)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["context_len"] for row in rows] == [16, 64]
+    assert [(row["context_len"], row["run"]) for row in rows] == [
+        (n, trained.name) for n in (16, 64)
+    ]
     assert all(row["bytes"] == 128 and row["bits_per_byte"] > 0 for row in rows)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "got 512" in mistake("context", trained, "--lengths=512", "--max_bytes=128")
