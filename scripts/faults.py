@@ -19,7 +19,7 @@ _FAULTS = flags.DEFINE_list("faults", [], "Which; default: all.")
 _N_KILLS = flags.DEFINE_integer("n_kills", 200, "Injections of SIGKILL.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments at which faults strike.")
 _OUT = flags.DEFINE_string("out", "", "JSON-lines file for the table; '' = none.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder to keep the runs in; '' = they go.")
+_KEEP = flags.DEFINE_string("keep", "", "Folder to keep the runs in; '' = they go.")
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         raise common.UsageError(f"--faults must be of {', '.join(FAULTS)}: got {unknown[0]!r}")
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as temporary:
-        victims = Victims(_WORKDIR.value or temporary, _SEED.value)
+        victims = Victims(_KEEP.value or temporary, _SEED.value)
         for name in _FAULTS.value or FAULTS:
             start = time.monotonic()
             found = FAULTS[name](victims, _N_KILLS.value)

@@ -127,7 +127,7 @@ class Victims:
         self.folder = pathlib.Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
-            raise ValueError(f"--workdir must be an empty folder: {folder} is not; name another")
+            raise ValueError(f"--keep must be an empty folder: {folder} is not; name another")
         self.seed = seed
         self.text = self.folder / "text.txt"
         write_text(self.text)
@@ -208,7 +208,7 @@ def _become(argv, log, environment, inject) -> None:
 
 def write_text(path: pathlib.Path, n_lines: int = 4000) -> None:
     """Writes some text, the same each time."""
-    words = [
+    words = (
         "memory",
         "segment",
         "layer",
@@ -219,7 +219,7 @@ def write_text(path: pathlib.Path, n_lines: int = 4000) -> None:
         "value",
         "query",
         "key",
-    ]
+    )
     lines = (" ".join(words[(i * 7 + j * j) % 10] for j in range(6)) for i in range(n_lines))
     path.write_text("\n".join(lines) + "\n")
 
@@ -261,7 +261,7 @@ def error_of(victim: Victim) -> str:
 
 
 def training(victim: Victim) -> Iterator[None]:
-    """Waits until a run trains: `for _ in training(victim): ...` polls meanwhile."""
+    """Yields between looks until a run trains."""
     end = time.monotonic() + TIMEOUT_S
     while not victim.is_training():
         if time.monotonic() > end:
