@@ -15,7 +15,7 @@ MAKE_VENV := scripts/make_venv.sh
 QUICKSTART := runs/quickstart
 GPU_RESULTS := runs/gpu-check
 
-.PHONY: help venv venv-test train test test-slow lint format gpu-check clean print-python
+.PHONY: help venv venv-test train test test-slow lint format faults gpu-check clean print-python
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -58,6 +58,9 @@ lint: venv-test  ## Check style (ruff) and types (pyright)
 format: venv-test  ## Rewrite the code in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+faults: venv  ## Inject kills, damage, full disks and more into real runs; half an hour
+	$(RUN) -m scripts.faults --out=runs/faults.jsonl
 
 gpu-check:  ## On a GPU machine: GPU tests, then every benchmark; records what decay attention takes
 	@$(MAKE_VENV) "$(VENV)" "$(PYTHON)" "$(EXTRAS),cuda13,test"

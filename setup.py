@@ -27,6 +27,7 @@ TEST = [
     "ruff",
     "safetensors",
     "sentencepiece",
+    "submitit",
     "tokenizers",
 ]
 

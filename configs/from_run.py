@@ -11,18 +11,67 @@ import ml_collections
 
 from configs import base
 
+MAX_BYTES = 1_000_000  # a config has about 5,000
+# What reading JSON, and giving a field a value that does not fit, may raise.
+ERRORS = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of the run in the folder `arg`, "" = the base config."""
-    config = base.get_config()
     if not arg:
-        return config
+        return base.get_config()
     path = pathlib.Path(arg) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"the config needs the folder of a run: {path} does not exist; write "
             "--config=configs/from_run.py:RUN_FOLDER"
         )
-    config.update(json.loads(path.read_text()))  # lists become the tuples they were
+    config = read_config(path)
     config.train.init_from = arg
     return config
+
+
+def read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """Returns the config that a run's config.json holds; what it lacks is as in the base config.
+
+    The file may come from somebody else.
+
+    Raises:
+        ValueError: if it is no config, or has fields or types that the base config has not.
+    """
+    remedy = "restore it from a copy, or use another run"
+    config = base.get_config()
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a {type(fields).__name__}")
+        if "model" not in fields:
+            remedy = (
+                "a checkpoint of the LLaMA family becomes one with python -m scripts.convert "
+                f"--from=hf_llama --path={path.parent} --workdir=NEW"
+            )
+            raise ValueError("it is not in the folder of a run")
+        config.update(fields)  # lists become the tuples they were
+        absent = _absent(config)
+        if absent:
+            raise ValueError(f"config.{absent} is null")
+    except ERRORS as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(
+            f"{path} must be the config of a run of this version: {text[:500]}; {remedy}"
+        ) from error
+    return config
+
+
+def _absent(group: ml_collections.ConfigDict) -> str:
+    """Returns the first field that is None, which every type lets pass; "" if there is none."""
+    for name, value in group.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            value = _absent(value)
+            if value:
+                return f"{name}.{value}"
+        elif value is None:
+            return name
+    return ""

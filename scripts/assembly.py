@@ -1,7 +1,6 @@
 """From a config, or from the folder of a run, to the objects that the scripts work with."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -11,6 +10,7 @@ import jax
 import ml_collections
 from absl import logging
 
+from configs import from_run
 from longctx_jax import data
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
@@ -215,14 +215,7 @@ def restore_run(workdir: str, step: int = -1) -> TrainedRun:
             f"--workdir must be the folder of a run: {path} does not exist; train one with "
             "python -m scripts.train --config=configs/quickstart.py --workdir=" + str(workdir)
         )
-    fields = json.loads(path.read_text())
-    if "model" not in fields:
-        raise ValueError(
-            f"--workdir must be the folder of a run: {path} is not a run's; a checkpoint of the "
-            "LLaMA family becomes one with python -m scripts.convert --from=hf_llama --path="
-            f"{workdir} --workdir=NEW"
-        )
-    config = ml_collections.ConfigDict(fields)
+    config = from_run.read_config(path)
     model = build_model(config.model)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     field = "ema" if config.train.ema_decay else "params"

@@ -1,19 +1,21 @@
-"""Runs every configuration of a sweep file on this machine and summarises the results.
+"""Runs every configuration of a sweep file, here or on a Slurm cluster, and summarises the results.
 
     python -m scripts.sweep --sweep=configs/sweeps/NAME.py --workdir=DIR [--n_processes=1]
-        [--dry_run] [--config=FILE] [--set=config.field=value ...]
+        [--launcher=local|slurm] [--dry_run] [--config=FILE] [--set=config.field=value ...]
 
 Finished runs are skipped, unfinished and failed ones resume in their folders. With --n_processes
-above 1 the runs share the machine's cores and memory, so each is slower.
+above 1 the runs share the machine's cores and memory, so each is slower. --launcher=slurm submits
+them as an array of jobs and returns; the --slurm_ flags say what a job asks for (docs/cluster.md).
 """
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
+from longctx_jax.training import launch as launchers
 from longctx_jax.training import sweep as sweeps
 from scripts import common
 
@@ -23,7 +25,30 @@ _CONFIG = flags.DEFINE_string("config", "", "Config file to vary instead of the 
 _SET = flags.DEFINE_multi_string("set", [], "config.field=value for all runs; repeatable.")
 _N_PROCESSES = flags.DEFINE_integer("n_processes", 1, "Runs at a time.", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the command lines and stop.")
-_LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local"], "Where the runs are started.")
+_LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where runs are started.")
+_SLURM: dict[str, flags.FlagHolder[Any]] = {
+    "partition": flags.DEFINE_string("slurm_partition", "", "Partition; '' = the default one."),
+    "account": flags.DEFINE_string("slurm_account", "", "Account that is charged."),
+    "time_min": flags.DEFINE_integer("slurm_time_min", 60, "Minutes until a run is requeued."),
+    "nodes": flags.DEFINE_integer("slurm_nodes", 1, "Nodes of each run."),
+    "tasks_per_node": flags.DEFINE_integer(
+        "slurm_tasks_per_node", 0, "Processes; 0 = one, with several nodes one a GPU.", 0
+    ),
+    "gpus_per_node": flags.DEFINE_integer("slurm_gpus_per_node", 0, "GPUs.", 0),
+    "cpus_per_task": flags.DEFINE_integer("slurm_cpus_per_task", 0, "Cores of a process.", 0),
+    "mem_gb": flags.DEFINE_integer("slurm_mem_gb", 0, "Memory of a node; 0 = the default.", 0),
+    "array_limit": flags.DEFINE_integer("slurm_array_limit", 16, "Runs at a time."),
+    "signal_delay_s": flags.DEFINE_integer(
+        "slurm_signal_delay_s", 120, "Seconds before the end of the time, to save in."
+    ),
+    "max_timeouts": flags.DEFINE_integer(
+        "slurm_max_timeouts", 100, "Times a run may reach its time limit.", 0
+    ),
+    "setup": flags.DEFINE_multi_string("slurm_setup", [], "Shell line before a run; repeatable."),
+    "parameters": flags.DEFINE_multi_string(
+        "slurm_parameter", [], "Further option of sbatch, name=value; repeatable."
+    ),
+}
 
 TRAIN = (sys.executable, "-m", "scripts.train")
 
@@ -96,8 +121,41 @@ def summarise(runs: Sequence[sweeps.Run], outcomes: dict[str, str], workdir: pat
     print(f"\n{sweeps.format_table(rows, columns)}\n\nwrote {', '.join(made)}")
 
 
+Launcher = Callable[[Sequence[sweeps.Run]], dict[str, str]]  # runs -> outcomes by name
+
+
+def slurm_options() -> launchers.SlurmOptions:
+    """Returns what the --slurm_ flags ask for."""
+    values = {name: flag.value for name, flag in _SLURM.items()}
+    return launchers.SlurmOptions(
+        **values | {name: tuple(values[name]) for name in ("setup", "parameters")}
+    )
+
+
+def choose_launcher(workdir: pathlib.Path) -> Launcher:
+    """Returns what starts runs and says what became of them.
+
+    Raises:
+        UsageError: for a flag that the launcher would ignore.
+    """
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    if _LAUNCHER.value == "slurm":
+        options = slurm_options()
+        return lambda runs: launchers.submit(runs, workdir, options, report)
+    unused = [flag.name for flag in _SLURM.values() if flag.present]
+    if unused:
+        raise common.UsageError(
+            f"--{unused[0]} needs --launcher=slurm: got --launcher=local; set it, or leave out "
+            f"{', '.join(f'--{name}' for name in unused)}"
+        )
+    return lambda runs: sweeps.run_pool(runs, _N_PROCESSES.value, report)
+
+
 def launch(
-    runs: Sequence[sweeps.Run], workdir: pathlib.Path, n_processes: int, dry_run: bool
+    runs: Sequence[sweeps.Run], workdir: pathlib.Path, launcher: Launcher, dry_run: bool
 ) -> int:
     """Prints all command lines, runs what is not finished, summarises; returns the exit code."""
     waiting = [run for run in runs if sweeps.result(run) is None]
@@ -107,9 +165,11 @@ def launch(
         f"{len(runs)} runs: {len(runs) - len(waiting)} finished, {len(waiting)} to run", flush=True
     )
     if dry_run:
+        if _LAUNCHER.value == "slurm" and waiting:
+            print(launchers.render_script(len(waiting), workdir, slurm_options()))
         return 0
     sweeps.save_plan(runs, workdir)
-    outcomes = sweeps.run_pool(waiting, n_processes, lambda line: print(line, flush=True))
+    outcomes = launcher(waiting)
     summarise(runs, outcomes, workdir)
     failed = report_failures(runs, outcomes)
     if any(state in ("interrupted", "not started") for state in outcomes.values()):
@@ -128,7 +188,7 @@ def main(arguments: list[str]) -> int:
     runs = sweeps.plan_runs(overrides, workdir, base=base, settings=settings, command_prefix=TRAIN)
     check_fields(runs, base)
     sweeps.check_plan(runs, workdir)
-    return launch(runs, workdir, _N_PROCESSES.value, _DRY_RUN.value)
+    return launch(runs, workdir, choose_launcher(workdir), _DRY_RUN.value)
 
 
 if __name__ == "__main__":

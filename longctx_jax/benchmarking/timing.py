@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from longctx_jax import json_files
+
 Row = dict[str, Any]
 # (output of the last run, None before the first) -> arguments of the next; outside the clock.
 MakeInputs = Callable[[Any], tuple]
@@ -280,9 +282,17 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """Returns the rows of a file in the order they were written."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """Returns the rows of a file in the order they were written.
+
+    Raises:
+        ValueError: if a line is no JSON object; names it.
+    """
+    with open(path, "rb") as file:
+        return [
+            json_files.parse_object(line, f"{path}, line {number}", remedy="remove the line")
+            for number, line in enumerate(file, 1)
+            if line.strip()
+        ]
 
 
 def _compile(function: Any, inputs: tuple) -> tuple[Any, Row]:

@@ -20,6 +20,7 @@ KIND_OF_LAYER = {"full_attention": "softmax", "sliding_attention": "sliding"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_THETA = 10_000.0  # where config.json has none
 MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000  # each is listed before the tensors are counted
 
 
 def model_fields(given: dict[str, Any]) -> dict[str, Any]:
@@ -32,13 +33,15 @@ def model_fields(given: dict[str, Any]) -> dict[str, Any]:
         ValueError: a field that is missing, impossible, or has no exact counterpart.
     """
     family = given.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type must be one of {list(FAMILIES)}: got {family!r}; only these "
-            "compute what our transformer does"
+            f"config.json: model_type must be one of {list(FAMILIES)}: got {family!r:.200}; only "
+            "these compute what our transformer does"
         )
     _refuse_other_maths(given)
     n_layers = _size(given, "num_hidden_layers")
+    if n_layers > MAX_LAYERS:
+        raise _impossible("num_hidden_layers", n_layers, f"be at most {MAX_LAYERS}")
     n_heads = _size(given, "num_attention_heads")
     d_model = _size(given, "hidden_size")
     if family == "llama" and given.get("num_key_value_heads") is None:
@@ -154,7 +157,7 @@ def _layer_kinds(given: dict[str, Any], family: str, n_layers: int) -> list[str]
     if not isinstance(types, list) or len(types) != n_layers:
         raise _impossible("layer_types", types, f"list {n_layers} layers (num_hidden_layers)")
     for kind in types:
-        if kind not in KIND_OF_LAYER:
+        if not isinstance(kind, str) or kind not in KIND_OF_LAYER:
             raise _unsupported("layer_types", kind, f"known are {list(KIND_OF_LAYER)}")
     if "sliding_attention" in types and not has_window:
         raise _impossible("use_sliding_window", False, "be true where layer_types slide")
@@ -292,12 +295,13 @@ def _switch(given: dict[str, Any], name: str) -> bool:
 
 def _impossible(name: str, value: Any, rule: str) -> ValueError:
     return ValueError(
-        f"config.json: {name} must {rule}: got {value!r}; compare the file with the original one"
+        f"config.json: {name} must {rule}: got {value!r:.200}; compare the file with the "
+        "original one"
     )
 
 
 def _unsupported(name: str, value: Any, reason: str) -> ValueError:
     return ValueError(
-        f"config.json: {name} has no exact counterpart here: got {value!r}; {reason}, so convert "
-        "another checkpoint"
+        f"config.json: {name} has no exact counterpart here: got {value!r:.200}; {reason}, so "
+        "convert another checkpoint"
     )

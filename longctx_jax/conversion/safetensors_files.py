@@ -6,9 +6,8 @@ tensor are known before one is read. Not here: what the tensors mean (`hf_llama.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +15,13 @@ from typing import Any
 import ml_dtypes  # noqa: F401  with it numpy knows bfloat16
 import numpy as np
 
+from longctx_jax import json_files
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-JSON_MAX_BYTES = 64_000_000  # an index has about 100 bytes a tensor
+SHARD_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors"  # no folder, nothing hidden
+JSON_MAX_BYTES = 32_000_000  # an index has about 100 bytes a tensor
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # that are read, bytes a number
 
 
@@ -57,23 +59,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             f"a checkpoint folder must hold {path.name}: {path.parent} has none; give --path=DIR "
             "of a checkpoint as the reference library saves it"
         )
-    if path.stat().st_size > JSON_MAX_BYTES:
-        raise ValueError(
-            f"{path.name} must be at most {JSON_MAX_BYTES} bytes: {path} has "
-            f"{path.stat().st_size}; download it again"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name} must be JSON: {path} cannot be read ({error}); download it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path.name} must hold a JSON object: {path} holds a {type(value).__name__}; download "
-            "it again"
-        )
-    return value
+    return json_files.read_object(path, remedy="download it again", max_bytes=JSON_MAX_BYTES)
 
 
 def find_tensors(folder: pathlib.Path) -> dict[str, TensorFile]:
@@ -110,7 +96,7 @@ def _find_sharded(folder: pathlib.Path, index: dict[str, Any]) -> dict[str, Tens
         )
     files = sorted(set(places.values()))
     for name in files:
-        if not name.endswith(".safetensors") or name != os.path.basename(name) or "\\" in name:
+        if not re.fullmatch(SHARD_NAME, name):
             raise ValueError(
                 f"{INDEX_FILE} must name safetensors files of its own folder: got {name!r} in "
                 f"{folder}; do not use this checkpoint, or correct its index"

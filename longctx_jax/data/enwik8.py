@@ -5,19 +5,23 @@ length and md5 are checked before use. `enwik8_4m` is a set of its own for small
 numbers are not enwik8 numbers.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import http.client
 import json
 import pathlib
+import struct
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import IO, cast
 
 from absl import logging
 
+from longctx_jax import json_files
 from longctx_jax.data.files import write_atomically
 from longctx_jax.data.splits import SPLIT_NAMES, Splits, resolve_data_dir, where_from
 from longctx_jax.data.streams import map_file
@@ -38,6 +42,12 @@ ENWIK8_4M_BYTES = 4_000_000
 ENWIK8_4M_SHA256 = "9f9ca3a41e2b87a0268d00380577e2c308e07959b22a94c8d7b1e8901bdefc37"
 
 COPY_BYTES = 1 << 20
+ARCHIVE_MAX_BYTES = 2 * ENWIK8_BYTES  # the published one has 36 million
+# What gzip and zipfile raise for files that are none: RuntimeError where a password is needed.
+ARCHIVE_ERRORS = (
+    *(EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, struct.error),
+    *(OverflowError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error),
+)
 GET_ENWIK8 = f"fetch {ENWIK8_URL} and unpack it"
 GET_PREFIX = "write it with `head -c 4000000 enwik8 > enwik8_4m`"
 
@@ -123,7 +133,7 @@ def _verify_once(path: pathlib.Path) -> None:
     facts = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "md5": ENWIK8_MD5}
     note = path.with_name(f"{path.name}.verified.json")
     try:
-        if stat.st_size == ENWIK8_BYTES and json.loads(note.read_text()) == facts:
+        if stat.st_size == ENWIK8_BYTES and json_files.read_object(note, remedy="") == facts:
             return
     except (OSError, ValueError):
         pass  # No note, or not ours: check again.
@@ -140,6 +150,11 @@ def _unpack(archive: pathlib.Path) -> pathlib.Path:
     if target.is_dir():
         target = target / "enwik8"
     remedy = f"delete {archive}, then {GET_ENWIK8}"
+    if archive.stat().st_size > ARCHIVE_MAX_BYTES:
+        raise ValueError(
+            f"{archive} must be an archive of enwik8, of at most {ARCHIVE_MAX_BYTES} bytes: it has "
+            f"{archive.stat().st_size}; {remedy}"
+        )
     logging.info("enwik8 unpacking archive=%s target=%s", archive, target)
 
     def check(temporary: pathlib.Path) -> None:
@@ -150,25 +165,42 @@ def _unpack(archive: pathlib.Path) -> pathlib.Path:
             raise ValueError(message.replace(temporary.name, "enwik8")) from None
 
     try:
-        with _open_archive(archive) as packed:
-            write_atomically(target, functools.partial(_copy, packed, limit=ENWIK8_BYTES), check)
+        with _damage_named(archive, remedy):
+            packed = _open_archive(archive)
+
+        def write(file: IO[bytes]) -> None:
+            with _damage_named(archive, remedy):
+                _copy(packed, file, limit=ENWIK8_BYTES)
+
+        with packed:
+            write_atomically(target, write, check)
     except PermissionError as error:
         raise PermissionError(
             f"{archive} must be unpacked beside itself, and its folder cannot be written "
             f"({error}); unpack it elsewhere and set config.data.data_dir to that folder"
         ) from error
-    except (EOFError, KeyError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
+    return target
+
+
+@contextlib.contextmanager
+def _damage_named(archive: pathlib.Path, remedy: str) -> Iterator[None]:
+    """Whatever reading an archive raises becomes a ValueError that names the file."""
+    try:
+        yield
+    except ARCHIVE_ERRORS as error:
         raise ValueError(
             f"{archive} must be a whole archive of enwik8: it has {archive.stat().st_size} bytes "
             f"and cannot be unpacked ({error}); {remedy}"
         ) from error
-    return target
 
 
 def _open_archive(archive: pathlib.Path) -> IO[bytes]:
     if archive.suffix == ".gz":
         return cast(IO[bytes], gzip.open(archive, "rb"))
     with zipfile.ZipFile(archive) as packed:  # The member keeps its own handle open.
+        kind = packed.getinfo("enwik8").compress_type
+        if kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take memory as they say
+            raise zipfile.BadZipFile(f"compressed by method {kind}, not deflated")
         return packed.open("enwik8")
 
 

@@ -10,22 +10,25 @@ Source: the file's description at huggingface.co/docs/tokenizers; characters of 
 al. (2019), encoder.py.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from longctx_jax import json_files
 from longctx_jax.data.subwords import NOT_UTF8, SubwordTokenizer
 
 SPACE = "\u2581"
 CONFIG_FILE = "tokenizer_config.json"
 DROPPED_NORMALIZERS = ("Prepend", "NFC")
-MAX_IDS = 1 << 24
+FILE_MAX_BYTES = 64_000_000  # parsed, it takes up to 30 times as much memory
+MAX_IDS = 1 << 22
 # where tokenizer_config.json does not say
 USUAL_ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
@@ -58,17 +61,14 @@ class HFTokenizer(SubwordTokenizer):
         """
         path = pathlib.Path(path)
         package = import_tokenizers()
-        raw = path.read_bytes()
-        try:
-            spec = json.loads(raw)
+        raw = json_files.read_limited(path, FILE_MAX_BYTES, remedy="download it again")
+        with _named(f"config.data.tokenizer must be a tokenizer.json: {path} cannot be read"):
+            spec = json_files.parse_object(raw, str(path), remedy="download it again")
             is_byte_level = _is_byte_level(spec)
             has_fallback = bool(spec["model"].get("byte_fallback"))
             self._library = package.Tokenizer.from_str(json.dumps(_exact(spec)))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(
-                f"config.data.tokenizer must be a tokenizer.json: {path} cannot be read "
-                f"({error}); download it again"
-            ) from error
+            added = {token["content"]: token["special"] for token in spec.get("added_tokens") or ()}
+            added = {spec["model"].get("unk_token"): True} | added
         self._library.encode_special_tokens = True  # as text
         ids = self._library.get_vocab(with_added_tokens=True)
         if is_byte_level:
@@ -85,7 +85,12 @@ class HFTokenizer(SubwordTokenizer):
         super().__init__(
             path,
             digest=digest,
-            texts=_texts(spec, ids, path, _bytes_of if is_byte_level else _fallback_text),
+            texts=_texts(
+                ids,
+                added,
+                path,
+                _bytes_of if is_byte_level else _fallback_text,
+            ),
             byte_ids=np.array([ids[name] for name in byte_names], np.int32),
             separator_id=separator_id,
             start_id=start_id,
@@ -93,27 +98,47 @@ class HFTokenizer(SubwordTokenizer):
         )
 
     def _encode_parts(self, parts: list[str]) -> Iterable[Sequence[int]]:
-        return [e.ids for e in self._library.encode_batch_fast(parts, add_special_tokens=False)]
+        with _named(f"a tokenizer.json must cut every text: {self.name} does not"):
+            return [e.ids for e in self._library.encode_batch_fast(parts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def _named(problem: str) -> Iterator[None]:
+    """Whatever a description makes the library raise becomes a ValueError with this message.
+
+    The library raises plain Exception, and where its code panics an exception that is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{problem} ({error}); download it again") from error
+        raise
 
 
 def _texts(
-    spec: dict[str, Any],
     ids: dict[str, int],
+    added: dict[str, bool],
     path: pathlib.Path,
     text_of: Callable[[str], bytes],
 ) -> list[bytes]:
-    """Returns the bytes each id stands for, none for special tokens and ids without a token."""
+    """Returns the bytes each id stands for, none for special tokens and ids without a token.
+
+    Args:
+        ids: of all tokens.
+        added: tokens beside the vocabulary, and that for unknown text: whether they are special.
+        path: of the file, for the message.
+        text_of: from the name of a token of the vocabulary.
+    """
     n_ids = max(ids.values()) + 1
     if n_ids > MAX_IDS:
         raise ValueError(
             f"a tokenizer.json must have ids below {MAX_IDS}: {path} has {n_ids - 1}; use another "
             "one"
         )
-    added = {token["content"]: token["special"] for token in spec.get("added_tokens") or ()}
-    unknown = spec["model"].get("unk_token")
     texts = [b""] * n_ids
     for name, index in ids.items():
-        if not added.get(name, name == unknown):
+        if not added.get(name):
             texts[index] = name.encode("utf-8") if name in added else text_of(name)
     return texts
 
@@ -183,13 +208,7 @@ def _ends(path: pathlib.Path, ids: dict[str, int]) -> tuple[int, int]:
     config: dict[str, Any] = {}
     beside = path.with_name(CONFIG_FILE)
     if beside.is_file():
-        try:
-            config = dict(json.loads(beside.read_bytes()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{CONFIG_FILE} must hold a JSON object: {beside} cannot be read ({error}); "
-                "download it again"
-            ) from error
+        config = json_files.read_object(beside, remedy="download it again")
 
     def index_of(name: str) -> int:
         token = config.get(name)

@@ -8,13 +8,16 @@ documents, ordered by their integer id.
 import csv
 import functools
 import hashlib
+import io
 import pathlib
 
 from absl import logging
 
+from longctx_jax import json_files
 from longctx_jax.data.splits import SPLIT_NAMES, Splits, resolve_data_dir, where_from
 from longctx_jax.data.streams import FileStream, TextStream
 
+TABLE_MAX_BYTES = 16_000_000  # of a metadata.csv
 PG19_BOOKS = {"train": 28_602, "validation": 50, "test": 100}
 
 
@@ -110,8 +113,7 @@ def _open_mini(split: str, paths: list[pathlib.Path], table: pathlib.Path) -> Te
 
 def _require_listed(split: str, paths: list[pathlib.Path], table: pathlib.Path) -> None:
     """Raises ValueError unless the books of a split are those of the table, byte for byte."""
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = {int(row["book_id"]): row for row in csv.DictReader(file) if row["split"] == split}
+    rows = _read_table(table, split)
     found = {int(path.stem): path for path in paths}
     if found.keys() != rows.keys():
         raise ValueError(
@@ -120,16 +122,33 @@ def _require_listed(split: str, paths: list[pathlib.Path], table: pathlib.Path) 
             f"{sorted(found.keys() - rows.keys())}; copy the data set again"
         )
     for book_id, path in found.items():
-        row = rows[book_id]
+        n_bytes, sha256 = rows[book_id]
         size = path.stat().st_size
-        if size != int(row["bytes"]):
+        if size != n_bytes:
             raise ValueError(
-                f"{path} must have {row['bytes']} bytes by {table.name}: it has {size}; "
+                f"{path} must have {n_bytes} bytes by {table.name}: it has {size}; "
                 "copy the file again"
             )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != row["sha256"]:
+        if digest != sha256:
             raise ValueError(
-                f"{path} must have sha256 {row['sha256']} by {table.name}: it has {digest}; "
+                f"{path} must have sha256 {sha256} by {table.name}: it has {digest}; "
                 "copy the file again"
             )
+
+
+def _read_table(table: pathlib.Path, split: str) -> dict[int, tuple[int, str]]:
+    """Returns bytes and sha256 of each book of a split, by id."""
+    remedy = "copy the data set again"
+    raw = json_files.read_limited(table, TABLE_MAX_BYTES, remedy=remedy)
+    rows: dict[int, tuple[int, str]] = {}
+    try:
+        for row in csv.DictReader(io.StringIO(raw.decode("utf-8"), newline="")):
+            if row["split"] == split:
+                rows[int(row["book_id"])] = int(row["bytes"]), row["sha256"]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{table} must have the columns split, book_id, bytes and sha256: it cannot be read "
+            f"({error!r:.200}); {remedy}"
+        ) from error
+    return rows

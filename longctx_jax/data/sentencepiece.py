@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from longctx_jax import json_files
 from longctx_jax.data.subwords import NOT_UTF8, SubwordTokenizer
 
+FILE_MAX_BYTES = 200_000_000
+REMEDY = "copy it again, or train one with scripts.train_tokenizer"
 SPACE = "\u2581"  # how SentencePiece writes a space
 # Appended to a model: normalizer_spec.add_dummy_prefix = false (fields of a message merge).
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -46,7 +49,7 @@ class SentencePieceTokenizer(SubwordTokenizer):
             ImportError: if sentencepiece is not installed.
             ValueError: if it is no model, or one without byte fallback or end-of-sentence token.
         """
-        model = pathlib.Path(path).read_bytes()
+        model = json_files.read_limited(path, FILE_MAX_BYTES, remedy=REMEDY)
         self._processor = _open_model(model, str(path))
         separator_id, start_id = self._processor.eos_id(), self._processor.bos_id()
         byte_ids = _byte_ids(self._processor, str(path))
@@ -55,11 +58,10 @@ class SentencePieceTokenizer(SubwordTokenizer):
                 f"a SentencePiece model must have an end-of-sentence token: {path} has none; "
                 "train one with scripts.train_tokenizer"
             )
-        n_ids = self._processor.vocab_size()
         super().__init__(
             pathlib.Path(path),
             digest=hashlib.sha256(model).hexdigest(),
-            texts=[_text_of(self._processor, index) for index in range(n_ids)],
+            texts=_texts(self._processor, str(path)),
             byte_ids=byte_ids,
             separator_id=separator_id,
             start_id=separator_id if start_id < 0 else start_id,
@@ -67,17 +69,23 @@ class SentencePieceTokenizer(SubwordTokenizer):
         )
 
     def _encode_parts(self, parts: list[str]) -> Iterable[Sequence[int]]:
-        return self._processor.encode(parts, out_type=int)
+        try:
+            return self._processor.encode(parts, out_type=int)
+        except RuntimeError as error:
+            raise ValueError(
+                f"a SentencePiece model must cut every text: {self.name} does not ({error}); "
+                f"{REMEDY}"
+            ) from error
 
 
 def _open_model(model: bytes, name: str) -> Any:
     processor = import_sentencepiece().SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model + NO_DUMMY_PREFIX)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # messages of the library hold raw bytes
         raise ValueError(
             f"config.data.tokenizer must be a SentencePiece model file: {name} cannot be read "
-            f"({error}); copy it again, or train one with scripts.train_tokenizer"
+            f"({error}); {REMEDY}"
         ) from error
     return processor
 
@@ -91,6 +99,17 @@ def _byte_ids(processor: Any, name: str) -> np.ndarray:
             "has none; train one with scripts.train_tokenizer"
         )
     return np.array(ids, np.int32)
+
+
+def _texts(processor: Any, name: str) -> list[bytes]:
+    """Returns the bytes that each token stands for."""
+    try:
+        return [_text_of(processor, index) for index in range(processor.vocab_size())]
+    except ValueError as error:  # pieces that are not UTF-8, or name no byte
+        raise ValueError(
+            f"the pieces of a SentencePiece model must be text: {name} has others ({error}); "
+            f"{REMEDY}"
+        ) from error
 
 
 def _text_of(processor: Any, index: int) -> bytes:

@@ -73,7 +73,7 @@ def open_records(
 
 
 def _version(path: pathlib.Path) -> list[int]:
-    return [int(number) for number in path.name.split(".") if number.isdigit()]
+    return [int(number) for number in path.name.split(".") if number.isdecimal()]
 
 
 def read_books(split: str, records: Any) -> TextStream:

@@ -19,12 +19,14 @@ from typing import IO, Any
 import numpy as np
 from absl import logging
 
+from longctx_jax import json_files
 from longctx_jax.data.files import write_atomically
 from longctx_jax.data.streams import TextStream
 
 FORMAT = "longctx_jax tokens 1"
 HEADER_BYTES = 4096
-CHECK_BYTES = 1 << 24  # read at once for the checksum
+DTYPES = ("uint16", "int32")
+CHECK_BYTES = 1 << 24  # read at once for the checksum; ids looked at at once
 DIGEST_ALL_MAX_BYTES = 256_000_000  # texts up to this size are digested whole
 DIGEST_SAMPLES = 512  # places read in a larger one, evenly spaced
 DIGEST_SAMPLE_BYTES = 4096
@@ -62,7 +64,7 @@ def load_or_encode(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = folder / f"{re.sub(r'[^A-Za-z0-9._]+', '-', key['name'])}-{digest[:16]}.tokens"
     try:
-        return _load(path, key)
+        return _load(path, key, vocab_size)
     except FileNotFoundError:
         pass
     except DamagedCacheError as error:
@@ -78,7 +80,7 @@ def load_or_encode(
             f"not ({error}); copy the tokenizer to another folder and set config.data.tokenizer to "
             "it"
         ) from error
-    return _load(path, key)
+    return _load(path, key, vocab_size)
 
 
 def fingerprint(stream: TextStream) -> str:
@@ -134,24 +136,15 @@ def _write(key: dict[str, Any], documents: Documents, dtype: np.dtype, file: IO[
     file.write(text.ljust(HEADER_BYTES))
 
 
-def _load(path: pathlib.Path, key: dict[str, Any]) -> EncodedText:
-    """Returns the content of a cache file; costs one read of it.
+def _load(path: pathlib.Path, key: dict[str, Any], vocab_size: int) -> EncodedText:
+    """Returns the content of a cache file; costs two reads of it, the second from memory at best.
 
     Raises:
         FileNotFoundError: if there is none.
         DamagedCacheError: if it is not whole, not right or not of this key.
     """
     with path.open("rb") as file:
-        try:
-            header = json.loads(file.read(HEADER_BYTES))
-            if header["format"] != FORMAT or header["key"] != key:
-                raise DamagedCacheError("it was made from something else")
-            n_tokens, n_documents = int(header["n_tokens"]), int(header["n_documents"])
-            dtype, expected = np.dtype(header["dtype"]), int(header["crc32"])
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, DamagedCacheError):
-                raise
-            raise DamagedCacheError(f"its header cannot be read ({error!r})") from error
+        n_tokens, n_documents, dtype, expected = _parse_header(file.read(HEADER_BYTES), key)
         checksum = 0
         while piece := file.read(CHECK_BYTES):
             checksum = zlib.crc32(piece, checksum)
@@ -160,4 +153,33 @@ def _load(path: pathlib.Path, key: dict[str, Any]) -> EncodedText:
         raise DamagedCacheError("its length or checksum is wrong")
     ids = np.memmap(path, dtype, "r", HEADER_BYTES, (n_tokens,))
     offset = HEADER_BYTES + n_tokens * dtype.itemsize
-    return EncodedText(ids, np.fromfile(path, np.int64, n_documents, offset=offset))
+    separators = np.fromfile(path, np.int64, n_documents, offset=offset)
+    is_rising = separators[0] >= 0 and bool(np.all(np.diff(separators) > 0))
+    if not is_rising or separators[-1] != n_tokens - 1:
+        raise DamagedCacheError("its documents do not follow each other")
+    for start in range(0, n_tokens, CHECK_BYTES):
+        piece = ids[start : start + CHECK_BYTES]
+        if piece.min() < 0 or piece.max() >= vocab_size:
+            raise DamagedCacheError(f"it has ids outside a vocabulary of {vocab_size}")
+    return EncodedText(ids, separators)
+
+
+def _parse_header(raw: bytes, key: dict[str, Any]) -> tuple[int, int, np.dtype, int]:
+    """Returns the numbers of tokens and documents, the type of ids, and the checksum.
+
+    Raises:
+        DamagedCacheError: if it is no header, or that of another key.
+    """
+    try:
+        header = json_files.parse_object(raw, "its header", remedy="it is written anew")
+    except ValueError as error:
+        raise DamagedCacheError(str(error)) from error
+    if header.get("format") != FORMAT or header.get("key") != key:
+        raise DamagedCacheError("it was made from something else")
+    counts = [header.get(name) for name in ("n_tokens", "n_documents", "crc32")]
+    n_tokens, n_documents, checksum = (n if type(n) is int else -1 for n in counts)
+    if header.get("dtype") not in DTYPES:
+        raise DamagedCacheError("its header lacks the type of ids")
+    if not 0 < n_documents <= n_tokens < 2**48:
+        raise DamagedCacheError(f"it cannot have {n_tokens} tokens in {n_documents} documents")
+    return n_tokens, n_documents, np.dtype(header["dtype"]), checksum

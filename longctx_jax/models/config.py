@@ -5,11 +5,11 @@ from typing import Any
 
 from longctx_jax.models.config_checks import (
     nearest_divisor,
-    require_integers,
     require_not_negative,
     require_one_of,
     require_positive,
     require_probability,
+    require_types,
 )
 from longctx_jax.models.inattention_config import InAttentionConfig
 from longctx_jax.models.mixer_configs import (
@@ -78,7 +78,7 @@ class ModelConfig:
     inattention: InAttentionConfig = InAttentionConfig()
 
     def __post_init__(self):
-        require_integers(self)
+        require_types(self)
         for field in ("n_layers", "d_model", "n_heads", "vocab_size", "n_ramp_buckets", "unroll"):
             require_positive(field, getattr(self, field))
         require_positive("norm_eps", self.norm_eps)
@@ -232,9 +232,20 @@ def model_config(fields: Any) -> ModelConfig:
     values = {}
     for name, value in dict(fields).items():
         if name in nested and not isinstance(value, nested[name]):
+            if not hasattr(value, "items"):
+                raise ValueError(
+                    f"config.model.{name} must be a group of fields: got {value!r:.100}; write "
+                    f"config.model.{name}.FIELD"
+                )
             value = _construct(nested[name], f"{name}.", dict(value))
         elif name == "pattern":
-            value = (value,) if isinstance(value, str) else tuple(value)
+            value = (value,) if isinstance(value, str) else value
+            if not isinstance(value, tuple | list) or not all(isinstance(k, str) for k in value):
+                raise ValueError(
+                    f"config.model.pattern must list kinds of mixers: got {value!r:.100}; write "
+                    "('decay', 'softmax'), or () for the model's own"
+                )
+            value = tuple(value)
         values[name] = value
     return _construct(ModelConfig, "", values)
 

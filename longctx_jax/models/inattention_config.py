@@ -3,10 +3,10 @@
 import dataclasses
 
 from longctx_jax.models.config_checks import (
-    require_integers,
     require_not_negative,
     require_one_of,
     require_positive,
+    require_types,
 )
 from longctx_jax.models.rotary_config import RotaryConfig
 from longctx_jax.nn.initial_attention import SCORE_POSITIONS
@@ -32,7 +32,7 @@ class InAttentionConfig(RotaryConfig):
     implementation: str = "auto"
 
     def __post_init__(self):
-        require_integers(self, "inattention.")
+        require_types(self, "inattention.")
         require_one_of("inattention.memory_position", self.memory_position, MEMORY_POSITIONS)
         require_one_of("inattention.score_position", self.score_position, SCORE_POSITIONS)
         require_one_of("inattention.cache", self.cache, CACHES)

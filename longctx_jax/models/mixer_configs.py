@@ -4,11 +4,11 @@ import dataclasses
 
 from longctx_jax.models.config_checks import (
     nearest_divisor,
-    require_integers,
     require_not_negative,
     require_one_of,
     require_positive,
     require_probability,
+    require_types,
 )
 from longctx_jax.models.rotary_config import RotaryConfig
 from longctx_jax.nn import attention, decay_attention, mamba, rwkv, vq_attention
@@ -25,7 +25,7 @@ class _ExactAttentionConfig(RotaryConfig):
     implementation: str = "auto"
 
     def _check(self, prefix: str) -> None:
-        require_integers(self, prefix)
+        require_types(self, prefix)
         require_one_of(f"{prefix}position", self.position, attention.POSITIONS)
         self.check_rotary(prefix)
 
@@ -65,7 +65,7 @@ class DecayConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
-        require_integers(self, "decay.")
+        require_types(self, "decay.")
         require_one_of("decay.kind", self.kind, decay_attention.DECAY_KINDS)
         require_one_of("decay.depth", self.depth, decay_attention.DEPTH_SCHEDULES)
         require_one_of("decay.feature_map", self.feature_map, tuple(decay_attention.FEATURE_MAPS))
@@ -100,7 +100,7 @@ class VQConfig:
     search: str = "auto"
 
     def __post_init__(self):
-        require_integers(self, "vq.")
+        require_types(self, "vq.")
         for field in ("codebook_size", "window_len", "position_theta"):
             require_positive(f"vq.{field}", getattr(self, field))
         for field in ("block_len", "commitment", "reseed_below"):
@@ -146,7 +146,7 @@ class MemoryConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
-        require_integers(self, "memory.")
+        require_types(self, "memory.")
         require_positive("memory.eps", self.eps)
         require_one_of("memory.kind", self.kind, RECURRENCES)
         require_one_of("memory.mixer", self.mixer, tuple(MIXER_CONFIGS))
@@ -172,7 +172,7 @@ class RWKVConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
-        require_integers(self, "rwkv.")
+        require_types(self, "rwkv.")
         require_one_of("rwkv.version", self.version, rwkv.VERSIONS)
         require_not_negative("rwkv.head_len", self.head_len)
         for field in ("shift_rank", "decay_rank", "chunk_len"):
@@ -194,7 +194,7 @@ class MambaConfig:
     implementation: str = "auto"
 
     def __post_init__(self):
-        require_integers(self, "mamba.")
+        require_types(self, "mamba.")
         require_one_of("mamba.version", self.version, mamba.VERSIONS)
         for field in ("expand", "conv_len", "head_len", "n_groups", "chunk_len"):
             require_positive(f"mamba.{field}", getattr(self, field))

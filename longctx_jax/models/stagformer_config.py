@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from longctx_jax.models.config_checks import require_integers, require_not_negative, require_one_of
+from longctx_jax.models.config_checks import require_not_negative, require_one_of, require_types
 from longctx_jax.nn import cross_attention
 
 HANDOFFS = ("cross", "add")  # cross-attention in every upper layer, or a sum at the start
@@ -28,7 +28,7 @@ class StagFormerConfig:
     stack_axis: str = ""
 
     def __post_init__(self):
-        require_integers(self, "stagformer.")
+        require_types(self, "stagformer.")
         require_one_of("stagformer.handoff", self.handoff, HANDOFFS)
         require_one_of("stagformer.cross_position", self.cross_position, cross_attention.POSITIONS)
         require_one_of("stagformer.cross_cache", self.cross_cache, CROSS_CACHES)

@@ -29,6 +29,7 @@ from longctx_jax.training.checksums import checksums
 from longctx_jax.typing import PyTree
 
 FORMAT = 2
+META_MAX_BYTES = 64_000_000  # of a description; a large one has some 100,000
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "checkpoints_damaged"
 VERSIONED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -153,10 +154,11 @@ class Checkpointer:
             CheckpointError: if it cannot be read.
         """
         try:
+            _require_small(self._folder / str(step) / "meta")
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            return restored["meta"]
+            return _checked_meta(restored["meta"])
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {self._folder / str(step)} must be readable: its description is not "
@@ -182,10 +184,10 @@ class Checkpointer:
                 f"step must be a checkpoint of {self._folder}: got {step}; there are {self.steps()}"
             )
         meta = self.read_meta(step)
-        if meta.get("format") != FORMAT:
+        if meta["format"] != FORMAT:
             raise ValueError(
                 f"a checkpoint must have format {FORMAT}: {self._folder / str(step)} has "
-                f"{meta.get('format')}; use the version of longctx_jax that wrote it"
+                f"{meta['format']}; use the version of longctx_jax that wrote it"
             )
         abstract = jax.eval_shape(_key_data, template)
         _require_same_leaves(meta, abstract, self._folder / str(step))
@@ -272,14 +274,35 @@ class Checkpointer:
         )
 
     def _intact(self) -> str:
-        steps = sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit())
+        steps = sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdecimal())
         return f"checkpoints {steps} are intact" if steps else "no checkpoint exists yet"
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Whether anything was ever saved in a work directory."""
     folder = workdir / FOLDER
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
+def _require_small(folder: pathlib.Path) -> None:
+    """Raises ValueError if a description is too large to be parsed."""
+    for path in folder.iterdir():
+        if path.stat().st_size > META_MAX_BYTES:
+            raise ValueError(f"{path.name} must be at most {META_MAX_BYTES} bytes")
+
+
+def _checked_meta(meta: Any) -> dict[str, Any]:
+    """Returns a description; raises ValueError unless it is one of this file's."""
+    fields = {"config": dict, "leaves": dict, "step": int, "format": int}
+    if not all(isinstance(meta[name], kind) for name, kind in fields.items()):
+        raise ValueError(f"its fields {list(fields)} must be there")
+    if meta["format"] != FORMAT:
+        return meta  # whoever restores it says what to do
+    for name, leaf in meta["leaves"].items():
+        kinds = zip(("shape", "dtype", "checksum"), (list, str, str), strict=True)
+        if not all(isinstance(leaf[field], kind) for field, kind in kinds):
+            raise ValueError(f"its leaf {name} must have shape, dtype and checksum")
+    return meta
 
 
 def require_restored(tree: PyTree) -> None:
@@ -355,7 +378,8 @@ def _require_same_leaves(meta: dict[str, Any], abstract: PyTree, where: pathlib.
     extra = [n for n in saved if n not in wanted and n.split("/")[0] in tops]
     differences += [f"{name} is not in this model" for name in extra]
     if differences:
-        model = meta["config"].get("model", {}).get("name")
+        model = meta["config"].get("model")
+        model = model.get("name") if isinstance(model, dict) else None
         shown = "; ".join(differences[:5])
         raise ValueError(
             f"a checkpoint must be of the same model and optimizer: {where} (model '{model}') "

@@ -20,7 +20,10 @@ from typing import Any, Protocol, TextIO
 
 from absl import logging
 
+from longctx_jax import json_files
+
 METRICS_FILE = "metrics.jsonl"
+MAX_BYTES = 1 << 27  # of a metrics.jsonl: about half a million records
 _RATE_RECORDS = 10  # the ETA uses the speed over this many console records
 _CONSOLE_ORDER = ("loss", "bits_per_byte", "tokens_per_s", "learning_rate", "grad_norm")
 _CONSOLE_HIDDEN = ("tokens", "seconds")
@@ -129,12 +132,15 @@ class JsonLinesWriter:
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in file order; a null is returned as nan.
 
-    Lines that are not a JSON object with `step` (a torn write) are skipped with one warning.
+    Lines that are not a JSON object of numbers with `step` (a torn write) are skipped with one
+    warning.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if it is larger than MAX_BYTES.
     """
-    lines = pathlib.Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    raw = json_files.read_limited(path, MAX_BYTES, remedy="it is no record of a run: move it away")
+    lines = raw.decode("utf-8", errors="replace").split("\n")  # as files are iterated
     records = [record for record in map(_parse_line, lines) if record is not None]
     n_skipped = sum(bool(line.strip()) for line in lines) - len(records)
     if n_skipped:
@@ -285,13 +291,24 @@ def _parse_line(line: str) -> dict[str, Any] | None:
     """The record on `line`; None if it is not one."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, numbers without end, or nested without end
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record and all(map(_is_scalar, record.values())) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether `value` is what this file writes: a float, an int that fits one, or null."""
+    return value is None or isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _rewrite(path: pathlib.Path, resume_step: int | None) -> None:
     """Replaces the file, in one rename, by its whole records up to `resume_step`."""
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(
+            f"{path.name} must be at most {MAX_BYTES} bytes: {path} has {path.stat().st_size}; it "
+            "is no record of a run: move it away"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         for line in _kept_lines(path, resume_step):

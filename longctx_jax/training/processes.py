@@ -87,7 +87,8 @@ def several_are_meant(environment: Mapping[str, str]) -> bool:
     if known:
         return known[1] > 1
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(environment.get(name) or 1) > 1 for name in counts):
+    numbers = [environment.get(name, "") for name in counts]
+    if any(number.isdecimal() and int(number) > 1 for number in numbers):
         return True
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return len([host for host in hosts.split(",") if host]) > 1

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from longctx_jax import json_files
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
@@ -16,6 +17,7 @@ from longctx_jax.training.curriculum import check_curriculum
 from longctx_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
+CONFIG_MAX_BYTES = 1_000_000  # one of a run has about 5,000
 # Fields that may change when a run is started again: they do not touch the state.
 FREE_FIELDS = (
     "train.n_steps",
@@ -46,7 +48,7 @@ def require_same_config(workdir: pathlib.Path, config: Any) -> None:
     """
     path = workdir / CONFIG_FILE
     if path.exists() and has_checkpoints(workdir):
-        before = _flatten(json.loads(path.read_text()))
+        before = _flatten(read_config(path))
         now = _flatten(resolved(config))
         changed = {
             name: (before.get(name), now.get(name))
@@ -62,6 +64,23 @@ def require_same_config(workdir: pathlib.Path, config: Any) -> None:
             )
         for name, (was, value) in changed.items():
             logging.warning("config.%s was %r and is %r from here on", name, was, value)
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the config of a run as its file holds it.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    remedy = "restore it from a copy, or use another run"
+    config = json_files.read_object(path, remedy=remedy, max_bytes=CONFIG_MAX_BYTES)
+    model, train = config.get("model"), config.get("train")
+    ema_decay = train.get("ema_decay") if isinstance(train, dict) else None
+    if not (isinstance(model, dict) and isinstance(ema_decay, int | float)):
+        raise ValueError(
+            f"{path} must be the config of a run: it lacks model or train.ema_decay; {remedy}"
+        )
+    return config
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -92,7 +111,7 @@ def with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainSta
             f"config.train.init_from must be the folder of a run with a checkpoint: {workdir} has "
             "none; name another folder, or train that run first"
         )
-    given = json.loads(path.read_text())
+    given = read_config(path)
     field = "ema" if given["train"]["ema_decay"] > 0 else "params"
     variables = {"params": state.params, "model_state": state.model_state}
     backbone = None

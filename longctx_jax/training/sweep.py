@@ -2,7 +2,8 @@
 
 A sweep is a base config file and a list of overrides (`configs/sweep_tools.py`). Each override is
 one run in its own sub-folder of the sweep's folder; `DONE.json`, which `scripts.train` writes last,
-marks it as finished. Deliberately not here: loading sweep files, tables on screen, figures.
+marks it as finished. Deliberately not here: clusters (`launch.py`), loading sweep files, tables on
+screen, figures.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from longctx_jax import json_files
 
 DONE_FILE = "DONE.json"
 LOG_FILE = "log.txt"
@@ -147,10 +150,11 @@ def check_plan(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> None:
     Otherwise a finished run of another configuration would be taken for one of this sweep.
 
     Raises:
-        ValueError: names the first such run, and both flags.
+        ValueError: names the first such run, and both flags; or the plan is not one.
     """
+    plan = _read_plan(pathlib.Path(workdir) / PLAN_FILE)
     for run in runs:
-        before = _read_json(pathlib.Path(workdir) / PLAN_FILE).get(run.name)
+        before = plan.get(run.name)
         if before is not None and before != _settings(run):
             old = " ".join(sorted(set(before) - set(_settings(run)))) or "(nothing)"
             new = " ".join(sorted(set(_settings(run)) - set(before))) or "(nothing)"
@@ -164,7 +168,7 @@ def save_plan(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> None:
     """Records the settings of `runs` in `workdir/sweep.json`, beside those recorded before."""
     path = pathlib.Path(workdir) / PLAN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    plan = _read_json(path) | {run.name: _settings(run) for run in runs}
+    plan = _read_plan(path) | {run.name: _settings(run) for run in runs}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plan, indent=1) + "\n")
     os.replace(temporary, path)
@@ -175,8 +179,9 @@ def result(run: Run) -> dict[str, Any] | None:
     done = _read_json(run.workdir / DONE_FILE)
     if not done:
         return None
-    evaluation = done.get("eval") or {}
-    return {name: evaluation.get(name, done.get(name)) for name in RESULT_COLUMNS}
+    evaluation = done.get("eval")
+    evaluation = evaluation if isinstance(evaluation, dict) else {}
+    return {name: _plain(evaluation.get(name, done.get(name))) for name in RESULT_COLUMNS}
 
 
 def run_pool(
@@ -204,7 +209,7 @@ def run_pool(
         while active or (waiting and not received):
             while waiting and len(active) < n_processes and not received:
                 run = waiting.pop(0)
-                process = _start(run)
+                process = start(run)
                 active[process] = (run, time.monotonic())
                 if received:  # it came while the process was being started
                     process.terminate()
@@ -221,9 +226,36 @@ def run_pool(
     return outcomes
 
 
-def log_tail(run: Run, n_lines: int = 15) -> str:
+def start(
+    run: Run, log_file: str = LOG_FILE, folder: str | os.PathLike[str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts the command, with its output appended to a file of the run's folder.
+
+    In its own session, so that Ctrl-C reaches it only through the one who waits for it.
+
+    Args:
+        run: to start, or to resume.
+        log_file: name of the file.
+        folder: to start in; None = the current one.
+    """
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    with (run.workdir / log_file).open("a") as log:
+        log.write(f"$ {run.shell_command}\n")
+        log.flush()
+        return subprocess.Popen(
+            run.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+
+def log_tail(run: Run, n_lines: int = 15, log_file: str = LOG_FILE) -> str:
     """The last lines of a run's log, indented."""
-    path = run.workdir / LOG_FILE
+    path = run.workdir / log_file
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return "\n".join(f"    {line}" for line in lines[-n_lines:])
 
@@ -270,22 +302,6 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
     return "\n".join(lines)
 
 
-def _start(run: Run) -> subprocess.Popen[bytes]:
-    """Starts the command in its own session, so that Ctrl-C reaches it only through the pool."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    with (run.workdir / LOG_FILE).open("a") as log:
-        log.write(f"$ {run.shell_command}\n")
-        log.flush()
-        return subprocess.Popen(
-            run.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-
-
 def _outcome(run: Run, exit_code: int, interrupted: bool) -> str:
     if exit_code == 0 and result(run):
         return "finished"
@@ -319,13 +335,31 @@ def _settings(run: Run) -> list[str]:
     return [part for part in run.command if part.startswith("--config")]
 
 
+def _read_plan(path: pathlib.Path) -> dict[str, list[str]]:
+    """The flags of each run in `sweep.json`, none if there is no such file."""
+    if not path.exists():
+        return {}
+    remedy = "choose another --workdir, or delete the file if its runs had the same settings"
+    plan = json_files.read_object(path, remedy=remedy)
+    for name, flags in plan.items():
+        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+            raise ValueError(f"{path} must hold flags of runs: {name} has {flags!r:.200}; {remedy}")
+    return plan
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in the file; empty if the file is missing, torn or holds something else."""
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return json_files.read_object(path, remedy="")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """The value if it is a number or a word, as results are; None for anything else."""
+    is_word = isinstance(value, str) and value.isprintable()
+    is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return value if is_word or is_number else None
 
 
 def _value_text(value: Any) -> str:

@@ -224,7 +224,7 @@ def test_added_words_are_text_and_unused_ids_are_none(tmp_path):
         (lambda s: s["model"].update(type="Riddle"), "must be a tokenizer.json: .* cannot be read"),
         (lambda s: s.pop("model"), "must be a tokenizer.json"),
         (lambda s: s.update(added_tokens=[]), "must have a token that ends a document"),
-        (lambda s: s["model"]["vocab"].update(far=2**31), "must have ids below 16777216"),
+        (lambda s: s["model"]["vocab"].update(far=2**31), "must have ids below 4194304"),
     ],
     ids=["no bytes", "kind", "no model", "no end", "ids"],
 )

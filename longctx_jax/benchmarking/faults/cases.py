@@ -211,13 +211,16 @@ def readers(victims: Victims, n: int) -> list[Outcome]:
 
 
 def clocks(victims: Victims, n: int) -> list[Outcome]:
-    """The wall clock jumps by up to a day, either way, at every look."""
+    """The wall clock jumps by up to a day, either way; saves may then run out of their time."""
     fields = {**DECAY, "train.n_steps": 20}
     workdir = victims.folder / "clock"
-    victims.finish(workdir, {**fields, "train.n_steps": 9}, inject=injections.jumping_clock)
-    victim = victims.finish(workdir, fields, inject=injections.jumping_clock)
-    is_same = victim.exit_code == 0 and final_state(workdir) == victims.undisturbed(fields)
-    return [Outcome("clock jumps", "at every look, 20 steps", n_survived=int(is_same))]
+    victim = victims.finish(workdir, fields, inject=injections.jumping_clock((3, 6, 9, 12, 15)))
+    ended = victim.exit_code == 0
+    is_same = _ends_as(victims, workdir, fields)
+    outcome = Outcome("clock jumps", "five times", note="" if ended else error_of(victim))
+    outcome.n_survived = int(ended and is_same)
+    outcome.n_refused = int(was_refused(victim) and is_same)
+    return [outcome]
 
 
 def duplicates(victims: Victims, n: int) -> list[Outcome]:

@@ -4,7 +4,7 @@ import os
 import pathlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Inject = Callable[[], None]
 
@@ -85,12 +85,19 @@ def nan_at(step: int) -> Inject:
     return inject
 
 
-def jumping_clock() -> None:
-    """The wall clock is up to a day off, differently each time."""
-    chance, now, now_ns = random.Random(0), time.time, time.time_ns
+def jumping_clock(steps: Sequence[int]) -> Inject:
+    """The wall clock is put up to a day off, anew as the batch of each of these steps is read."""
+    chance, off_s = random.Random(0), [0.0]
 
-    def jump() -> float:
-        return chance.uniform(-86_400, 86_400)
+    def inject():
+        now, now_ns = time.time, time.time_ns
+        time.time = lambda: now() + off_s[0]
+        time.time_ns = lambda: now_ns() + int(off_s[0] * 1e9)
 
-    time.time = lambda: now() + jump()
-    time.time_ns = lambda: now_ns() + int(jump() * 1e9)
+        def jump():
+            off_s[0] = chance.uniform(-86_400, 86_400)
+
+        for step in steps:
+            call_at(step, jump)()
+
+    return inject

@@ -247,9 +247,9 @@ def final_state(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def was_refused(victim: Victim) -> bool:
-    """Whether a run ended with a message for its user and no traceback."""
-    text = victim.text()
-    return bool(victim.exit_code) and "\nerror: " in f"\n{text}" and "Traceback" not in text
+    """Whether a run ended with a message for its user."""
+    lines = victim.text().strip().splitlines() or [""]
+    return bool(victim.exit_code) and lines[-1].startswith("error: ")
 
 
 def error_of(victim: Victim) -> str:
