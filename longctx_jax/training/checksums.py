@@ -51,13 +51,13 @@ def _part(part: np.ndarray, index: Sequence[slice], shape: Sequence[int]) -> int
     if not part.size:
         return 0
     bits = np.ascontiguousarray(part).view(_unsigned(part.dtype)).reshape(-1)
-    total = np.uint64(0)
+    total = 0
     for start in range(0, bits.size, _CHUNK):
         places = np.arange(start, min(start + _CHUNK, bits.size), dtype=np.uint64)
         weights = _weights(_global(places, part.shape, index, shape))
         here = bits[start : start + _CHUNK].astype(np.uint64)
-        total += np.sum(here * weights, dtype=np.uint64)
-    return int(total)
+        total += int(np.sum(here * weights, dtype=np.uint64))
+    return total
 
 
 def _global(
