@@ -57,7 +57,7 @@ def _part(part: np.ndarray, index: Sequence[slice], shape: Sequence[int]) -> int
         weights = _weights(_global(places, part.shape, index, shape))
         here = bits[start : start + _CHUNK].astype(np.uint64)
         total += int(np.sum(here * weights, dtype=np.uint64))
-    return total
+    return total % (1 << 64)
 
 
 def _global(
