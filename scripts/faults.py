@@ -7,9 +7,11 @@ to, or stop with a message that says what to do; no checkpoint may be lost. Exit
 """
 
 import dataclasses
+import os
 import sys
 import tempfile
 import time
+from typing import Any
 
 from absl import flags
 
@@ -25,7 +27,6 @@ _KEEP = flags.DEFINE_string("keep", "", "Folder to keep the runs in; '' = they g
 def main(arguments: list[str]) -> int:
     """Injects, prints the table, keeps it."""
     del arguments
-    from longctx_jax.benchmarking import timing
     from longctx_jax.benchmarking.faults import FAULTS, Outcome, Victims
     from scripts import assembly  # noqa: F401  what a run imports, before it is forked
 
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
     if unknown:
         raise common.UsageError(f"--faults must be of {', '.join(FAULTS)}: got {unknown[0]!r}")
     outcomes: list[Outcome] = []
+    command = "python -m scripts.faults " + " ".join(sys.argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
         victims = Victims(_KEEP.value or temporary, _SEED.value)
         for name in _FAULTS.value or FAULTS:
@@ -41,14 +43,24 @@ def main(arguments: list[str]) -> int:
             for outcome in found:
                 outcome.seconds = (time.monotonic() - start) / len(found)
                 print(line(outcome), flush=True)
+                keep(outcome, command)
             outcomes += found
     print(f"\n{header()}\n" + "\n".join(map(line, outcomes)))
-    if _OUT.value:
-        fields = timing.environment("python -m scripts.faults " + " ".join(sys.argv[1:]))
-        rows = [{"suite": "faults", **dataclasses.asdict(o), **fields} for o in outcomes]
-        timing.write_rows(_OUT.value, rows)
-        print(f"wrote {len(rows)} rows to {_OUT.value}")
     return 0 if all(outcome.is_well for outcome in outcomes) else common.EXIT_FAILED
+
+
+def keep(outcome: Any, command: str) -> None:
+    """Appends a row to --out, from a process of its own: this one must never use a device."""
+    if not _OUT.value:
+        return
+    pid = os.fork()
+    if pid == 0:
+        from longctx_jax.benchmarking import timing
+
+        row = {"suite": "faults", **dataclasses.asdict(outcome), **timing.environment(command)}
+        timing.write_rows(_OUT.value, [row])
+        os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def header() -> str:
@@ -56,7 +68,7 @@ def header() -> str:
     return f"{'fault':<28}{'n':>4}{'survived':>10}{'refused':>9}{'lost':>6}  "
 
 
-def line(outcome) -> str:
+def line(outcome: Any) -> str:
     """One line of the table."""
     mark = "" if outcome.is_well else "FAILED "
     counts = f"{outcome.n:>4}{outcome.n_survived:>10}{outcome.n_refused:>9}{outcome.n_lost:>6}"

@@ -60,7 +60,7 @@ class Plan:
         )
         for (path, leaf), spec in leaves:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            where = ", ".join(str(axis or "-") for axis in spec) or "(whole)"
+            where = ", ".join(str(axis or "-") for axis in spec) if any(spec) else "(whole)"
             lines.append(f"{name:<48} {leaf.shape!s:<22} {where}")
         return "\n".join(lines)
 
