@@ -29,6 +29,7 @@ from longctx_jax.ops.decay.facts import Facts, facts_of
 from longctx_jax.ops.decay.linear_vjp import share_heads
 from longctx_jax.ops.decay.powers import separate_resets
 from longctx_jax.ops.dispatch import Implementation, choose, leaf, leaf_unsupported
+from longctx_jax.ops.partition import by_rows_and_heads
 from longctx_jax.typing import Array, Bool, Float
 
 CHUNK_LEN = two_pass.CHUNK_LEN  # tokens
@@ -140,8 +141,24 @@ def decay_attention(
         log_decay = jnp.repeat(log_decay, facts.heads // log_decay.shape[-1], axis=-1)
     log_decay, resets = separate_resets(log_decay, None if reset is None else reset[..., None])
     scale = 1 / math.sqrt(facts.d_key) if scale is None else scale
-    out, last = run(query, key, value, log_decay, state, reset=resets, scale=scale)
+    if chosen.name in KERNELS:
+        out, last = _on_mesh(run, (query, key, value, log_decay, state, resets), scale)
+    else:
+        out, last = run(query, key, value, log_decay, state, reset=resets, scale=scale)
     return out.astype(value.dtype), last
+
+
+def _on_mesh(run: Any, arrays: tuple[Any, ...], scale: float) -> tuple[Array, Array]:
+    """Runs a kernel for the rows and heads of each device."""
+    *_, log_decay, _, resets = arrays
+    decay_dims = "h" if log_decay.ndim == 1 else "b.h"
+    reset_dims = "b.h" if resets is not None and resets.shape[-1] > 1 else "b.."
+
+    def here(query, key, value, log_decay, state, resets):
+        return run(query, key, value, log_decay, state, reset=resets, scale=scale)
+
+    dims = ("b.h.", "b.h.", "b.h.", decay_dims, "bh..", reset_dims)
+    return by_rows_and_heads(here, arrays, dims, ("b.h.", "bh.."))
 
 
 def decay_attention_step(
