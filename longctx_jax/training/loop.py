@@ -141,7 +141,12 @@ class _Run:
         self.pending: tuple[int, Metrics] | None = None
         self.window = _Window()
         self.times = StepTimes()
-        self.watchdog = Watchdog(workdir, config.log.hang_timeout_s, must_exit=config.log.hang_exit)
+        self.watchdog = Watchdog(
+            workdir,
+            config.log.hang_timeout_s,
+            process_index=jax.process_index(),
+            must_exit=config.log.hang_exit,
+        )
         self.writer: CompositeWriter | None = None
         self.is_profiling = False
         self.save_s = 0.0  # of this process's waits for saves

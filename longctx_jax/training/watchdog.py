@@ -24,12 +24,21 @@ class Watchdog:
     """Dumps stacks into `workdir/hang.txt` if `pat` is not called for timeout_s; 0 = never.
 
     Args:
+        process_index: of several processes, others than the first write hang.INDEX.txt.
         must_exit: end the process (exit code 1) after the dump, for a scheduler to start it again.
     """
 
-    def __init__(self, workdir: pathlib.Path, timeout_s: float, *, must_exit: bool = False):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        timeout_s: float,
+        *,
+        process_index: int = 0,
+        must_exit: bool = False,
+    ):
         self._timeout_s, self._must_exit = timeout_s, must_exit
-        self._path = workdir / HANG_FILE
+        name = HANG_FILE.replace(".", f".{process_index}.") if process_index else HANG_FILE
+        self._path = workdir / name
         self._file: IO[str] | None = self._path.open("a") if timeout_s > 0 else None
 
     def pat(self) -> None:

@@ -21,7 +21,8 @@ from scripts import assembly
 from tests.tiny import tiny_config
 
 SCHEMES = {
-    "transformer": {"name": "transformer", "dropout": 0.1},
+    "transformer": {"name": "transformer"},
+    "dropout": {"name": "transformer", "dropout": 0.1},
     "vq": {"name": "transformer_vq", "vq": {"codebook_size": 8, "window_len": 4}},
     "decay": {"name": "decay"},
     "armt": {

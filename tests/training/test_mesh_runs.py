@@ -12,13 +12,14 @@ from tests.tiny import PROJECT
 from tests.training.mesh_runs import SCHEMES
 
 CASES = [
-    *(f"{scheme}+model" for scheme in ("transformer", "vq", "decay", "stagformer", "mamba")),
+    *(f"{scheme}+model" for scheme in ("dropout", "vq", "decay", "stagformer", "mamba")),
     *(f"{scheme}+fsdp" for scheme in ("armt", "inattention", "rwkv")),
     *(f"{scheme}+sequence" for scheme in ("transformer", "vq", "decay", "armt", "rwkv", "mamba")),
     "decay+data",
     "diagonal+layer",
 ]
-TOLERANCE = 2e-5  # relative, of a loss after three updates
+TOLERANCE = 2e-6  # relative, of a loss after three updates
+VQ_TOLERANCE = 3e-4  # a rounding error may move a key to another code
 
 
 def start(folder, cases, *process, n_devices):
@@ -49,7 +50,8 @@ def alone(tmp_path_factory):
 def require_same(found, alone, cases):
     for case in cases:
         expected = alone[f"{case.split('+')[0]}+one"]
-        assert found[case] == pytest.approx(expected, rel=TOLERANCE), case
+        tolerance = VQ_TOLERANCE if case.startswith("vq") else TOLERANCE
+        assert found[case] == pytest.approx(expected, rel=tolerance), case
 
 
 @pytest.mark.slow
