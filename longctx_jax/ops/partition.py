@@ -51,3 +51,29 @@ def by_rows_and_heads(
         check_vma=False,  # a kernel says nothing of axes
     )
     return mapped(*arrays)
+
+
+def by_rows(run: Callable[..., Any], rows: Any, whole: Any) -> Any:
+    """Returns run(rows, whole), computed on every device of the mesh in use for its rows.
+
+    Without a mesh, or where it divides not all rows, nothing is cut.
+
+    Args:
+        run: of local arrays; every array it returns has leading rows.
+        rows: a pytree of arrays that all have leading rows.
+        whole: a pytree of arrays that every device needs.
+    """
+    mesh, axis = jax.sharding.get_abstract_mesh(), AXES["b"]
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
+    is_spread = not mesh.empty and axis in mesh.auto_axes and mesh.shape[axis] > 1
+    if not is_spread or any(size % mesh.shape[axis] for size in sizes):
+        return run(rows, whole)
+    spec = PartitionSpec(axis)
+    mapped = jax.shard_map(
+        run,
+        in_specs=(spec, PartitionSpec()),
+        out_specs=spec,
+        axis_names={axis},
+        check_vma=False,
+    )
+    return mapped(rows, whole)

@@ -7,6 +7,7 @@ import pytest
 from longctx_jax.ops.decay import decay_attention, select
 from longctx_jax.ops.dispatch import Implementation
 from longctx_jax.ops.partition import by_rows_and_heads
+from longctx_jax.ops.vq import select as vq_select
 from tests.helpers import assert_trees_close, make_normal, run_on_devices
 
 BATCH, SEQ, HEADS, KV_HEADS, WIDTH = 4, 6, 4, 2, 3
@@ -55,6 +56,47 @@ def check():
         decay_shape = half if log_decay.ndim == 3 else half[2:]
         assert seen[0] == ((*half, WIDTH), (*half[:2], KV_HEADS // 2, WIDTH), decay_shape)
         assert_trees_close(found, expected, rel_rms=1e-5)
+
+
+def check_vq():
+    """A pretended kernel of VQ attention: the plain form of two rows on each of two devices."""
+    seen = []
+
+    def kernel(rules, blocks, constants):
+        seen.append(blocks.query.shape[1])
+        return vq_select.attend_blocks(rules, blocks, constants)
+
+    def search(vectors, codebook):
+        seen.append(vectors.shape[0])
+        return vq_select.search_codes(vectors, codebook)
+
+    attention = [i for i in vq_select.ATTENTION if i.name != "pallas_triton"]
+    vq_select.ATTENTION = (Implementation("pallas_triton", kernel), *attention)
+    searches = [i for i in vq_select.SEARCHES if i.name != "pallas_triton"]
+    vq_select.SEARCHES = (Implementation("pallas_triton", search), *searches)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    query = make_normal(0, BATCH, SEQ, HEADS, WIDTH).astype(np.float32)
+    key, value = (make_normal(i, BATCH, SEQ, KV_HEADS, WIDTH).astype(np.float32) for i in (1, 2))
+    codebook = make_normal(3, KV_HEADS, 5, WIDTH).astype(np.float32)
+
+    def loss(query, key, value, name, search):
+        options = {"window_len": 2, "block_len": 2, "reduction": "serial"}
+        out = vq_select.vq_attention(
+            query, key, value, codebook, implementation=name, search=search, **options
+        )
+        return (out.out**2).sum(), out
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=(3, 4))
+    expected = step(query, key, value, "linear", "xla")
+    with jax.set_mesh(mesh):
+        found = step(query, key, value, "pallas_triton", "pallas_triton")
+    assert set(seen) == {BATCH // 2}
+    assert_trees_close(found, expected, rel_rms=1e-5)
+
+
+@pytest.mark.slow
+def test_two_devices_share_rows():
+    run_on_devices("from tests.ops import test_partition as t\nt.check_vq()", n_devices=2)
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.tiny import PROJECT
+from tests.tiny import PROJECT, flags
 from tests.training.mesh_runs import SCHEMES
 
 CASES = [
@@ -104,3 +106,36 @@ print(json.dumps(run_case(folder, "decay", "one", **fields)))
     assert go(tmp_path / "moved", 6, 1) == pytest.approx(expected, rel=TOLERANCE)
     go(tmp_path / "back", 3, 1)
     assert go(tmp_path / "back", 6, 8) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run = tmp_path / "run"
+    fields = flags(train__n_steps=100_000, train__checkpoint_every=100_000, mesh__fsdp="on")
+    command = [sys.executable, "-m", "scripts.train", "--config=configs/base.py", *fields]
+    command += [f"--workdir={run}", f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"],
+            cwd=PROJECT,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    metrics = run / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors[0][-2000:]
+    (saved,) = [path.name for path in (run / "checkpoints").iterdir()]
+    assert f"stop of another process: saving step {saved}" in errors[0]
+    assert f"SIGTERM: saving step {saved}" in errors[1]

@@ -17,10 +17,11 @@ from longctx_jax.ops.dispatch import (
     leaf_unsupported,
     platform,
 )
+from longctx_jax.ops.partition import by_rows
 from longctx_jax.ops.vq import linear
 from longctx_jax.ops.vq.blocks import Rules, attend_blocks
 from longctx_jax.ops.vq.codebook import quantize, search_codes
-from longctx_jax.ops.vq.state import VQState, as_tokens, init_vq_state
+from longctx_jax.ops.vq.state import Tokens, VQState, as_tokens, init_vq_state
 from longctx_jax.ops.vq.step import step
 from longctx_jax.ops.vq.table import REDUCTIONS
 from longctx_jax.typing import Array, Float, Int
@@ -61,6 +62,7 @@ class Facts:
 
 
 KERNELS = "vq.pallas_triton"
+ON_GPU = {"pallas_triton"}  # forms that XLA cannot cut
 ATTENTION = (
     Implementation(
         "pallas_triton",
@@ -133,7 +135,10 @@ def nearest_code(
     )
     chosen = choose("nearest_code", SEARCHES, implementation, facts)
     fixed = jax.lax.stop_gradient((vectors, codebook))
-    codes = chosen.run(*fixed)
+    if chosen.name in ON_GPU and vectors.ndim > 2:
+        codes = by_rows(chosen.run, *fixed)
+    else:
+        codes = chosen.run(*fixed)
     return codes, quantize(vectors, codebook, codes).squared_error
 
 
@@ -254,19 +259,28 @@ def vq_attention(
             f"vq_attention: reduction 'pallas_triton' cannot run here: {reason}; choose another "
             "one or 'auto'"
         )
-    out, state = linear.attend(
-        query,
-        tokens,
-        codebook,
-        state,
-        is_fresh=is_fresh,
-        relative_bias=relative_bias,
-        rules=rules,
-        block_len=seq if chosen.name == "quadratic" else block_len,
-        reduction=reduction,
-        attend_blocks=chosen.run,
-    )
-    return VQOutput(out, state, codes, quantized.squared_error)
+
+    def attend(rows, codebook):
+        query, tokens, state, relative_bias = rows
+        return linear.attend(
+            query,
+            Tokens(**tokens),
+            codebook,
+            state,
+            is_fresh=is_fresh,
+            relative_bias=relative_bias,
+            rules=rules,
+            block_len=seq if chosen.name == "quadratic" else block_len,
+            reduction=reduction,
+            attend_blocks=chosen.run,
+        )
+
+    rows = (query, vars(tokens), state, relative_bias)
+    if {chosen.name, reduction} & ON_GPU:
+        out, after = by_rows(attend, rows, codebook)
+    else:
+        out, after = attend(rows, codebook)
+    return VQOutput(out, after, codes, quantized.squared_error)
 
 
 def choose_block_len(window_len: int) -> int:
