@@ -104,14 +104,14 @@ def main(arguments: list[str]) -> None:
     command = "python -m scripts.context " + " ".join(sys.argv[1:])
     fields = timing.environment(command)
     out = pathlib.Path(_OUT.value)
-    rows = []
+    n_rows = 0
     for folder in common.find_runs(arguments):
         for row in measure(folder, lengths):
             timing.write_rows(out, [row | fields])
-            rows.append(row | fields)
+            n_rows += 1
     picture = out.with_suffix(".png")
-    plots.draw_context_curves(rows).savefig(picture)
-    print(f"wrote {len(rows)} rows to {out}, and {picture}")
+    plots.draw_context_curves(timing.read_rows(out)).savefig(picture)  # with what was there before
+    print(f"wrote {n_rows} rows to {out}, and {picture}")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,11 @@ def main(arguments: list[str]) -> int:
         victims = Victims(_KEEP.value or temporary, _SEED.value)
         for name in _FAULTS.value or FAULTS:
             start = time.monotonic()
-            found = FAULTS[name](victims, _N_KILLS.value)
-            for outcome in found:
-                outcome.seconds = (time.monotonic() - start) / len(found)
+            for outcome in FAULTS[name](victims, _N_KILLS.value):
+                outcome.seconds = time.monotonic() - start
                 print(line(outcome), flush=True)
                 keep(outcome, command)
-            outcomes += found
+                outcomes.append(outcome)
     print(f"\n{header()}\n" + "\n".join(map(line, outcomes)))
     return 0 if all(outcome.is_well for outcome in outcomes) else common.EXIT_FAILED
 

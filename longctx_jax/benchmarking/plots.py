@@ -6,7 +6,8 @@ files are read and no display or global pyplot state is touched.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,8 @@ def draw_context_curves(rows: Records) -> Figure:
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     sizes = [f for f in ("n_layers", "n_kv_heads") if len({row.get(f) for row in rows}) > 1]
     label_of = functools.partial(_context_label, sizes=sizes)
+    if _has_twins(rows, label_of):  # e.g. one model trained in several ways: the runs' own names
+        label_of = operator.itemgetter("run")
     labels = list(dict.fromkeys(map(label_of, rows)))
     for axes, text in zip(panels, texts, strict=True):
         for color, label in enumerate(labels):
@@ -279,7 +282,8 @@ def draw_context_curves(rows: Records) -> Figure:
             axes.plot(lengths, mean, style, color=f"C{color}", label=label)
             if any(len(values) > 1 for values in found.values()):
                 axes.errorbar(lengths, mean, yerr=[low, high], fmt="none", color=f"C{color}")
-        axes.axvline(rows[0]["train_seq_len"], color="0.6", linestyle=":", label="training window")
+        for window in sorted({row["train_seq_len"] for row in rows}):
+            axes.axvline(window, color="0.6", linestyle=":", label=f"training window {window:,}")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
         axes.set_title(text, fontsize=10)
@@ -292,6 +296,16 @@ def draw_context_curves(rows: Records) -> Figure:
         figure.set_size_inches(5.2 * len(texts) + 4.5, 4.2)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
+
+
+def _has_twins(rows: Records, label_of: Callable[[Mapping[str, Any]], str]) -> bool:
+    """Whether runs of one seed share a label, and all rows name their run."""
+    if not all(row.get("run") for row in rows):
+        return False
+    runs: dict[tuple, set[str]] = {}
+    for row in rows:
+        runs.setdefault((row["data"], label_of(row), row["seed"]), set()).add(row["run"])
+    return any(len(names) > 1 for names in runs.values())
 
 
 def _context_label(row: Mapping[str, Any], sizes: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ def test_context_figure_has_a_panel_a_text_and_a_line_a_model():
     figure = plots.draw_context_curves(rows)
     left, right = figure.axes
     labels = [line.get_label() for line in left.lines]
-    assert labels == ["softmax", "decay (gated)", "decay-softmax (gated)", "training window"]
+    assert labels == ["softmax", "decay (gated)", "decay-softmax (gated)", "training window 16"]
     assert list(right.lines[0].get_xdata()) == [16, 64]
     with pytest.raises(ValueError, match="needs rows"):
         plots.draw_context_curves([])

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from longctx_jax.benchmarking.faults import injections
 from longctx_jax.benchmarking.faults.victims import (
@@ -33,9 +33,10 @@ DECAY = MODELS["decay"]
 MEMORY_STEPS = 10_000
 
 
-def kills(victims: Victims, n: int) -> list[Outcome]:
+def kills(victims: Victims, n: int) -> Iterator[Outcome]:
     """SIGKILL at random moments, a quarter of them for each model; each run ends as if nothing."""
-    return [_signals(victims, name, -(-n // len(MODELS)), signal.SIGKILL) for name in MODELS]
+    for name in MODELS:
+        yield _signals(victims, name, -(-n // len(MODELS)), signal.SIGKILL)
 
 
 def terminations(victims: Victims, n: int) -> list[Outcome]:
@@ -312,7 +313,7 @@ def _resident_bytes(pid: int) -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
-FAULTS: dict[str, Callable[[Victims, int], list[Outcome]]] = {
+FAULTS: dict[str, Callable[[Victims, int], Iterable[Outcome]]] = {
     "kills": kills,
     "terminations": terminations,
     "damages": damages,

@@ -59,7 +59,7 @@ class Outcome:
     n_refused: int = 0  # ... after which it stopped with a message that says what to do
     n_lost: int = 0  # checkpoints that were there before and not after
     note: str = ""
-    seconds: float = 0.0
+    seconds: float = 0.0  # since the first of its group began
 
     @property
     def is_well(self) -> bool:
