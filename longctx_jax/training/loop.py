@@ -43,11 +43,11 @@ from longctx_jax.training.start import (
 )
 from longctx_jax.training.state import TrainState, init_state
 from longctx_jax.training.step import STOP_VOTES, Metrics, make_train_step
+from longctx_jax.training.sweep import DONE_FILE
 from longctx_jax.training.watchdog import StepTimes, Watchdog
 from longctx_jax.training.workdir_lock import locked
 from longctx_jax.typing import PyTree
 
-DONE_FILE = "DONE.json"
 SAMPLES_FILE = "samples.jsonl"
 
 Evaluate = Callable[[TrainState], dict[str, float]]

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterator
 
 from longctx_jax.training.checkpoint import FOLDER
-
-DONE_FILE = "DONE.json"
+from longctx_jax.training.sweep import DONE_FILE
 
 
 def steps_as_they_come(

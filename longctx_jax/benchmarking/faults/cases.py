@@ -22,7 +22,7 @@ from longctx_jax.benchmarking.faults.victims import (
     final_state,
     is_saving,
     steps,
-    training,
+    wait_until_training,
     was_refused,
     write_text,
 )
@@ -53,8 +53,7 @@ def _signals(victims: Victims, name: str, n: int, number: signal.Signals) -> Out
     while n_done < n:
         before = steps(workdir)
         victim = victims.start(workdir, endless)
-        for _ in training(victim):
-            pass
+        wait_until_training(victim)
         time.sleep(chance.uniform(0, MAX_DELAY_S))
         n_saving += is_saving(workdir)
         newest = (steps(workdir) or [0])[-1]
@@ -229,8 +228,7 @@ def duplicates(victims: Victims, n: int) -> list[Outcome]:
     workdir = victims.folder / "duplicate"
     fields = {**DECAY, "train.n_steps": 100}
     first = victims.start(workdir, fields)
-    for _ in training(first):
-        pass
+    wait_until_training(first)
     second = victims.finish(workdir, fields)
     first.wait()
     is_same = first.exit_code == 0 and final_state(workdir) == victims.undisturbed(fields)
@@ -263,8 +261,7 @@ def partners(victims: Victims, n: int) -> list[Outcome]:
         ]
 
     first, second = both(1_000_000)
-    for _ in training(first):
-        pass
+    wait_until_training(first)
     time.sleep(3)
     second.kill(signal.SIGKILL)
     second.wait()

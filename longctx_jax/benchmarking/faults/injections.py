@@ -29,8 +29,8 @@ DAMAGES: dict[str, Callable[[pathlib.Path], None]] = {
 }
 
 
-def call_at(step: int, action: Callable[[], None]) -> Inject:
-    """Calls action as the batch of a step is read."""
+def change_batches(change: Callable[[int, dict], dict]) -> Inject:
+    """Puts change(step, batch) in the place of every batch, as it is read."""
 
     def inject():
         from longctx_jax.training import loop
@@ -38,16 +38,22 @@ def call_at(step: int, action: Callable[[], None]) -> Inject:
         make = loop.make_iterator
 
         def make_iterator(dataset, start, n_workers):
-            def spy(index, batch):
-                if index == step:
-                    action()
-                return batch
-
-            return make(dataset.map_with_index(spy), start, n_workers)
+            return make(dataset.map_with_index(change), start, n_workers)
 
         loop.make_iterator = make_iterator
 
     return inject
+
+
+def call_at(step: int, action: Callable[[], None]) -> Inject:
+    """Calls action as the batch of a step is read."""
+
+    def spy(index, batch):
+        if index == step:
+            action()
+        return batch
+
+    return change_batches(spy)
 
 
 def raise_at(step: int) -> Inject:
@@ -67,22 +73,12 @@ def hang_at(step: int) -> Inject:
 def nan_at(step: int) -> Inject:
     """The weights of a batch's losses are NaN, and so is the gradient."""
 
-    def inject():
-        from longctx_jax.training import loop
+    def spoil(index, batch):
+        if index != step:
+            return batch
+        return {**batch, "weights": batch["weights"] * float("nan")}
 
-        make = loop.make_iterator
-
-        def make_iterator(dataset, start, n_workers):
-            def spy(index, batch):
-                if index != step:
-                    return batch
-                return {**batch, "weights": batch["weights"] * float("nan")}
-
-            return make(dataset.map_with_index(spy), start, n_workers)
-
-        loop.make_iterator = make_iterator
-
-    return inject
+    return change_batches(spoil)
 
 
 def jumping_clock(steps: Sequence[int]) -> Inject:

@@ -13,7 +13,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 FIELDS: dict[str, Any] = {
@@ -260,11 +260,10 @@ def error_of(victim: Victim) -> str:
     return text.replace(folder + "/", "").replace(folder, "")[:160]
 
 
-def training(victim: Victim) -> Iterator[None]:
-    """Yields between looks until a run trains."""
+def wait_until_training(victim: Victim) -> None:
+    """Returns when a run trains, or has ended."""
     end = time.monotonic() + TIMEOUT_S
     while not victim.is_training():
         if time.monotonic() > end:
             raise TimeoutError(f"{victim.workdir.name} did not train within {TIMEOUT_S:.0f} s")
-        yield
         time.sleep(POLL_S)
