@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> None:
     del arguments
     from longctx_jax import data
     from longctx_jax.models import build_model
-    from longctx_jax.training.loop import is_main_process, train
+    from longctx_jax.training.loop import train
     from longctx_jax.training.placement import place
-    from longctx_jax.training.processes import start_processes
+    from longctx_jax.training.processes import is_main_process, start_processes
     from scripts import assembly
 
     config = CONFIG.value

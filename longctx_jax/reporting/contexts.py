@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from longctx_jax.reporting import files
-from longctx_jax.reporting.runs import SAMPLES_FILE, Run
+from longctx_jax.reporting.runs import Run
 from longctx_jax.reporting.tables import RunCell, Table, value_text
-from longctx_jax.training.metrics import METRICS_FILE
+from longctx_jax.training.metrics import METRICS_FILE, SAMPLES_FILE
 from longctx_jax.training.sweep import PLAN_FILE
 
 MAX_FILES = 50

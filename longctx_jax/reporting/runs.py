@@ -14,10 +14,9 @@ from typing import Any
 
 from longctx_jax.reporting import files
 from longctx_jax.reporting.discovery import CONFIG_FILE
-from longctx_jax.training.metrics import METRICS_FILE
+from longctx_jax.training.metrics import METRICS_FILE, SAMPLES_FILE
 from longctx_jax.training.sweep import DONE_FILE, LOG_FILE
 
-SAMPLES_FILE = "samples.jsonl"
 RUNNING_S = 600  # a run that wrote metrics this recently counts as running
 MAX_METRIC_NAMES = 500
 MAX_CONFIG_FIELDS = 2_000

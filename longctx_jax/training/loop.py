@@ -10,14 +10,11 @@ checkpoint.
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import pathlib
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -25,13 +22,14 @@ import jax
 
 from longctx_jax.data import make_iterator
 from longctx_jax.models.base import Decoder
-from longctx_jax.nn.contract import Mean
-from longctx_jax.ops.losses import NATS_PER_BIT
 from longctx_jax.training.checkpoint import Checkpointer, Restored
 from longctx_jax.training.curriculum import cut_rows, row_len
-from longctx_jax.training.metrics import METRICS_FILE, CompositeWriter, make_writer, read_records
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.placement import ONE_DEVICE, Placement, with_shardings
+from longctx_jax.training.processes import is_main_process
+from longctx_jax.training.profiling import ProfilerWindow
+from longctx_jax.training.reporter import Reporter
+from longctx_jax.training.signals import Stop, stop_on_signals
 from longctx_jax.training.start import (
     CONFIG_FILE,
     carried_cache_len,
@@ -42,20 +40,14 @@ from longctx_jax.training.start import (
     write_json,
 )
 from longctx_jax.training.state import TrainState, init_state
-from longctx_jax.training.step import STOP_VOTES, Metrics, make_train_step
+from longctx_jax.training.step import make_train_step
 from longctx_jax.training.sweep import DONE_FILE
-from longctx_jax.training.watchdog import StepTimes, Watchdog
+from longctx_jax.training.watchdog import Watchdog
 from longctx_jax.training.workdir_lock import locked
 from longctx_jax.typing import PyTree
 
-SAMPLES_FILE = "samples.jsonl"
-
 Evaluate = Callable[[TrainState], dict[str, float]]
 Sample = Callable[[TrainState], list[dict[str, str]]]  # -> prompt and text of each sample
-
-
-class NonFiniteLossError(ValueError):
-    """The loss or the gradient became infinite or NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +58,6 @@ class TrainData:
     position_of: Callable[[int], str]  # step -> where its data lies, for messages
     is_bytes: bool  # one token is one byte, so the training loss has a bits-per-byte
     fingerprint: str = ""  # of the text; a run goes on only with the text it began with
-
-
-@dataclasses.dataclass
-class _Stop:
-    """Which signal asked to stop; empty = none."""
-
-    signal_name: str = ""
 
 
 def train(
@@ -109,18 +94,17 @@ def train(
     require_same_config(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     lock = locked(workdir) if is_main_process() else contextlib.nullcontext()
-    with lock, _stop_on_signals() as stop, placement.context():
+    with lock, stop_on_signals() as stop, placement.context():
         checkpointer = Checkpointer(  # inside the lock: it clears away unfinished saves
             workdir, keep_latest=config.train.keep_latest, keep_every=config.train.keep_every
         )
-        run = _Run(config, workdir, model, data, evaluate, checkpointer, placement, sample)
-        if is_main_process():  # the run is possible: claim the folder
-            write_json(workdir / CONFIG_FILE, resolved(config))
-        try:
-            return run.go(stop)
-        finally:
-            run.close()
-            checkpointer.close()  # a save that is under way finishes even if the run has failed
+        with contextlib.closing(checkpointer):  # a save under way ends even if the run has failed
+            run = _Run(config, workdir, model, data, evaluate, checkpointer, placement, sample)
+            with contextlib.closing(run):
+                if is_main_process():  # the run is possible: claim the folder
+                    write_json(workdir / CONFIG_FILE, resolved(config))
+                    (workdir / DONE_FILE).unlink(missing_ok=True)
+                return run.go(stop)
 
 
 class _Run:
@@ -134,33 +118,33 @@ class _Run:
         self.sample: Sample | None = sample
         self.shardings: PyTree = None  # of the state; None = one device
         self.data, self.evaluate, self.checkpointer = data, evaluate, checkpointer
-        self.tx, self.schedule = make_optimizer(config.optim, config.train.n_steps)
+        self.tx, schedule = make_optimizer(config.optim, config.train.n_steps)
         self.state = self._start()
         self.step = int(self.state.step)
-        self.saved_step = self.step if self.step else -1
-        self.pending: tuple[int, Metrics] | None = None
-        self.window = _Window()
-        self.times = StepTimes()
+        self.reporter = Reporter(
+            config,
+            workdir,
+            self.step,
+            schedule=schedule,
+            position_of=data.position_of,
+            is_bytes=data.is_bytes,
+        )
         self.watchdog = Watchdog(
             workdir,
             config.log.hang_timeout_s,
             process_index=jax.process_index(),
             must_exit=config.log.hang_exit,
         )
-        self.writer: CompositeWriter | None = None
-        self.is_profiling = False
-        self.save_s = 0.0  # of this process's waits for saves
-        self.votes = 0  # of several processes: how many devices' were asked to stop
-        self.tokens_per_step = config.data.global_batch_size * config.data.seq_len
+        self.profiler = ProfilerWindow(
+            workdir / "profile", config.train.profile_start, config.train.profile_steps
+        )
 
     def close(self):
         self.watchdog.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.reporter.close()
 
-    def go(self, stop: _Stop) -> dict[str, Any]:
-        config, n_steps = self.config, self.config.train.n_steps
-        self.writer = self._make_writer()
+    def go(self, stop: Stop) -> dict[str, Any]:
+        config, n_steps, reporter = self.config, self.config.train.n_steps, self.reporter
         train_step = make_train_step(
             self.model,
             self.tx,
@@ -174,36 +158,36 @@ class _Run:
         )
         batches = iter(make_iterator(self.data.dataset, self.step, config.data.n_workers))
         results: dict[str, float] = {}
-        self.window.restart()
-        self.times.skip()
+        reporter.restart()
         while self.step < n_steps and not self._must_stop(stop):
             self.watchdog.pat()
-            self._profile(self.step)
+            if self.profiler.is_over(self.step):
+                self.profiler.close(self.state.params)
+            self.profiler.at(self.step)
             start = time.monotonic()
             batch = cut_rows(next(batches), row_len(config, self.step))
             wait_s = time.monotonic() - start
             votes = self.placement.vote(bool(stop.signal_name))
             batch = self.placement.put_batch(batch)
             self.state, metrics = train_step(self.state, batch, votes)
-            self._report()
+            reporter.flush()
             self.step += 1
-            self.pending = (self.step, metrics)
-            self.times.add(self.step, wait_s)
+            reporter.took(self.step, metrics, wait_s)
             is_last = self.step == n_steps
-            if is_last or self.step % config.train.checkpoint_every == 0:
+            if is_last or self._is_due(config.train.checkpoint_every):
                 self._save()
-            is_due = config.eval.every and self.step % config.eval.every == 0
-            if is_last or (is_due and not self._must_stop(stop)):
+            if is_last or (self._is_due(config.eval.every) and not self._must_stop(stop)):
                 results = self._evaluate()
-            if self._is_sample_due():
-                self._sample()
+            if self.sample is not None and self._is_due(config.eval.sample_every):
+                with reporter.aside():
+                    reporter.write_samples(self.step, self.sample(self.state))
         self.watchdog.close()  # from here on nothing repeats
-        self._report()
-        self._profile(None)
+        reporter.flush()
+        self.profiler.close(self.state.params)
         if self.step < n_steps:
             who = stop.signal_name or "stop of another process"
             print(f"{who}: saving step {self.step}", file=sys.stderr, flush=True)
-        if self.saved_step != self.step:
+        if reporter.saved_step != self.step:
             self._save()
         self.checkpointer.wait()
         record = {"step": self.step, "is_finished": self.step >= n_steps}
@@ -213,28 +197,13 @@ class _Run:
                 write_json(self.workdir / DONE_FILE, record)
         return record
 
-    def _make_writer(self) -> CompositeWriter:
-        """Takes over the folder's records; processes beside the first write none."""
-        if not is_main_process():
-            return CompositeWriter()
-        config = self.config
-        (self.workdir / DONE_FILE).unlink(missing_ok=True)
-        writer = make_writer(
-            self.workdir,
-            n_steps=config.train.n_steps,
-            tensorboard=config.log.tensorboard,
-            wandb=config.log.wandb,
-            wandb_project=config.log.wandb_project,
-            resume_step=self.step,
-            run_config=config.to_dict(),
-        )
-        kept = [r["seconds"] for r in read_records(self.workdir / METRICS_FILE) if "seconds" in r]
-        self.window.total_s = kept[-1] if kept else 0.0
-        return writer
+    def _is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0 = never) happens after this one."""
+        return every > 0 and self.step % every == 0
 
-    def _must_stop(self, stop: _Stop) -> bool:
+    def _must_stop(self, stop: Stop) -> bool:
         """Whether to end after this step; the same answer on all processes."""
-        return self.votes > 0 if jax.process_count() > 1 else bool(stop.signal_name)
+        return self.reporter.votes > 0 if jax.process_count() > 1 else bool(stop.signal_name)
 
     def _start(self) -> TrainState:
         train_config, data_config = self.config.train, self.config.data
@@ -266,59 +235,18 @@ class _Run:
             state = with_weights_of(train_config.init_from, self.model, state)
         return state
 
-    def _report(self) -> None:
-        """Fetches the metrics of the last dispatched step, checks them, and logs now and then."""
-        if self.pending is None:
-            return
-        step, metrics = self.pending
-        self.pending = None
-        measured = {n: m for n, m in metrics.items() if not isinstance(m, Mean) or m.count > 0}
-        scalars = {name: float(value) for name, value in measured.items()}
-        self.votes = int(scalars.pop(STOP_VOTES, 0))
-        if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
-            raise NonFiniteLossError(
-                f"loss and gradient must be finite: step {step} has loss={scalars['loss']}, "
-                f"grad_norm={scalars['grad_norm']} at {self.data.position_of(step - 1)}; the last "
-                f"checkpoint is step {max(0, self.saved_step)}: lower config.optim.learning_rate "
-                "or config.optim.clip_norm and continue from it with config.train.init_from"
-            )
-        self.window.add(scalars["loss"])
-        every = self.config.log.every
-        if step % every and step != self.config.train.n_steps and step != 1:
-            return
-        loss, steps_per_s = self.window.read()
-        scalars["loss"] = loss
-        if self.data.is_bytes:
-            scalars["bits_per_byte"] = loss / NATS_PER_BIT
-        scalars |= {
-            "learning_rate": float(self.schedule(step - 1)),
-            "tokens_per_s": steps_per_s * self.tokens_per_step,
-            "tokens": step * self.tokens_per_step,
-            "seconds": self.window.total_s,
-            "save_seconds": self.save_s,
-            **self.times.read(),
-        }
-        assert self.writer is not None
-        self.writer.write(step, scalars)
-
     def _save(self) -> None:
-        self._report()  # a state that is not finite must never be saved
-        with self.window.paused():
+        with self.reporter.aside():  # a state that is not finite must never be saved
             start = time.monotonic()
             self.checkpointer.save(
                 self.step, self.state, self.config.to_dict(), fingerprint=self.data.fingerprint
             )
-            self.save_s += time.monotonic() - start
-        self.times.skip()
-        self.saved_step = self.step
+            self.reporter.saved(self.step, time.monotonic() - start)
 
     def _evaluate(self) -> dict[str, float]:
-        self._report()
-        with self.window.paused():
+        with self.reporter.aside():
             results = self.evaluate(self.state)
-        self.times.skip()
-        assert self.writer is not None
-        self.writer.write(self.step, {f"eval/{name}": value for name, value in results.items()})
+        self.reporter.write_evaluation(self.step, results)
         return {"split": self.config.eval.split, **results}
 
     def _require_same_text(self, restored: Restored) -> None:
@@ -330,88 +258,3 @@ class _Run:
                 f"{self.config.data.name!r} is one with {now[:16]} now; put the old files back, or "
                 "start a new --workdir (config.train.init_from takes weights over)"
             )
-
-    def _is_sample_due(self) -> bool:
-        every = self.config.eval.sample_every
-        return self.sample is not None and every > 0 and self.step % every == 0
-
-    def _sample(self) -> None:
-        """Appends what the model writes now to samples.jsonl."""
-        self._report()
-        assert self.sample is not None
-        with self.window.paused():
-            samples = self.sample(self.state)
-        self.times.skip()
-        if is_main_process():
-            with (self.workdir / SAMPLES_FILE).open("a") as file:
-                for one in samples:
-                    file.write(json.dumps({"step": self.step, **one}) + "\n")
-
-    def _profile(self, step: int | None) -> None:
-        """Starts and stops the profiler window; step None = the run ends."""
-        config = self.config.train
-        if not config.profile_steps:
-            return
-        first = max(config.profile_start, 1)
-        if step == first:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-            self.is_profiling = True
-        elif self.is_profiling and (step is None or step >= first + config.profile_steps):
-            jax.block_until_ready(self.state.params)
-            jax.profiler.stop_trace()
-            self.is_profiling = False
-
-
-class _Window:
-    """Loss and speed since the last record; time spent saving and evaluating does not count."""
-
-    def __init__(self):
-        self.total_s = 0.0
-        self.restart()
-
-    def restart(self):
-        self._losses: list[float] = []
-        self._start = time.monotonic()
-        self._paused_s = 0.0
-
-    def add(self, loss: float):
-        self._losses.append(loss)
-
-    @contextlib.contextmanager
-    def paused(self):
-        start = time.monotonic()
-        yield
-        self._paused_s += time.monotonic() - start
-
-    def read(self) -> tuple[float, float]:
-        """Returns the mean loss and the steps a second, and starts the next window."""
-        seconds = time.monotonic() - self._start - self._paused_s
-        self.total_s += seconds
-        loss, speed = sum(self._losses) / len(self._losses), len(self._losses) / max(seconds, 1e-9)
-        self.restart()
-        return loss, speed
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes what all know."""
-    return jax.process_index() == 0
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT set the flag; the same signal again acts as it used to."""
-    stop = _Stop()
-    before = {}
-
-    def handle(number, frame):
-        del frame
-        stop.signal_name = signal.Signals(number).name
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,6 +23,7 @@ from absl import logging
 from longctx_jax import json_files
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"  # prompts and what the model wrote to them
 MAX_BYTES = 1 << 27  # of a metrics.jsonl: about half a million records
 _RATE_RECORDS = 10  # the ETA uses the speed over this many console records
 _CONSOLE_ORDER = ("loss", "bits_per_byte", "tokens_per_s", "learning_rate", "grad_norm")

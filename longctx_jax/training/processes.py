@@ -92,3 +92,8 @@ def several_are_meant(environment: Mapping[str, str]) -> bool:
         return True
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return len([host for host in hosts.split(",") if host]) > 1
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes what all know."""
+    return jax.process_index() == 0

@@ -10,7 +10,7 @@ import pytest
 
 from longctx_jax import data
 from longctx_jax.models import build_model
-from longctx_jax.training import loop
+from longctx_jax.training import loop, reporter
 from longctx_jax.training.checkpoint import Checkpointer
 from longctx_jax.training.metrics import read_records
 from longctx_jax.training.optimizer import make_optimizer
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path, splits)
 def test_a_non_finite_loss_stops_before_saving(tmp_path, splits):
     fields = {"optim__name": "sgd", "optim__clip_norm": 0.0, "optim__warmup_steps": 0}
     message = r"step \d+ has loss=.*grad_norm=.*byte_offset=.*the last checkpoint is step 1"
-    with pytest.raises(loop.NonFiniteLossError, match=message):
+    with pytest.raises(reporter.NonFiniteLossError, match=message):
         run(tmp_path, splits, optim__learning_rate=1e30, train__checkpoint_every=1, **fields)
     saved = Checkpointer(tmp_path, is_read_only=True).steps()
     assert saved == [1]  # the state after step 1 still had a finite loss; none after it is kept
