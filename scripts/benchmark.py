@@ -60,6 +60,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         decode_suite,
         initial_suite,
         memory_suite,
+        saving_suite,
         stack_suite,
         suites,
         vq_cases,
@@ -68,7 +69,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
 
     suite = _SUITE.value
     parts_of = {
-        "train": suites.PARTS,
+        "train": (*suites.PARTS, *saving_suite.PARTS),
         "decode": decode_suite.PARTS,
         "decay": decay_suite.PARTS,
         "vq": vq_suite.PARTS,
@@ -112,7 +113,9 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
         return vq_suite.vq_rows(config, limits, parts, heads=heads, checkouts=checkouts)
     if suite == "memory":
         return memory_suite.memory_rows(config, limits, parts, shapes=shapes)
-    return suites.train_rows(config, limits, parts)
+    timed = suites.train_rows(config, limits, [part for part in parts if part in suites.PARTS])
+    saves = saving_suite.saving_rows(config, limits) if "saves" in parts else ()
+    return itertools.chain(timed, saves)
 
 
 def _require_known(flag: str, given: list[str], known: Sequence[str]) -> None:
@@ -160,6 +163,12 @@ def summary_text(row: dict[str, Any]) -> str:
         return suites[row["suite"]].summary_text(row)
     if row["name"] == "crossover":
         return decay_summary.crossover_text(row)
+    if "overhead_fraction" in row:
+        return (
+            f"saving every {row['checkpoint_every']} steps: {100 * row['overhead_fraction']:.2f} % "
+            f"of the run ({row['save_wait_ms']:.0f} ms a save waited for, "
+            f"{row['save_extra_ms']:.0f} ms in all)"
+        )
     if "speed_ratio" not in row:
         return ""
     return (

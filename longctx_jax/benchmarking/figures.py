@@ -132,7 +132,8 @@ def draw_rows(rows: Rows) -> Figure:
         panels = memory_figures.panels(rows)
     else:
         parts = {
-            p: [r for r in timed if r["part"] == p] for p in ("models", "lengths", "schedules")
+            p: [r for r in timed if r["part"] == p]
+            for p in ("models", "lengths", "schedules", "saves")
         }
         panels = _train_panels(parts)
     if not panels:
@@ -169,7 +170,15 @@ def _train_panels(parts: Mapping[str, Rows]) -> list[tuple[str, Callable[[Axes],
     if rows := [row for row in parts["schedules"] if row["pass"] == "train"]:
         title = "{n_layers} layers, one row of {seq_len} tokens".format(**rows[0])
         panels.append((title, lambda axes, rows=rows: _bars(axes, rows)))
+    if rows := parts["saves"]:
+        panels.append(("what checkpoints cost", lambda axes, rows=rows: _saves(axes, rows)))
     return panels
+
+
+def _saves(axes: Axes, rows: Rows) -> None:
+    names = ["{name}, every {checkpoint_every} steps".format(**row) for row in rows]
+    axes.barh(names, [100 * row["overhead_fraction"] for row in rows])
+    axes.set_xlabel("time of the run that saves take, %")
 
 
 def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:

@@ -3,7 +3,8 @@
 It has three parts: "models" (a full update of each model and of the yardstick at the config's
 shape, in turns), "lengths" (longer and longer sequences at constant tokens a step), "schedules"
 (the same small stack in every order, its number of cells beside its time). How a row is timed:
-`timing.py`; its fields: results/README.md. Not here: the suite `decode` (`decode_suite.py`).
+`timing.py`; its fields: results/README.md. Not here: its part
+"saves" (`saving_suite.py`), the suite `decode` (`decode_suite.py`).
 """
 
 import dataclasses

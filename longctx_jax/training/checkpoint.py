@@ -30,6 +30,7 @@ from longctx_jax.typing import PyTree
 
 FORMAT = 2
 META_MAX_BYTES = 64_000_000  # of a description; a large one has some 100,000
+BYTES_BESIDE_ARRAYS = 1 << 20  # of a checkpoint: descriptions, and room to rename
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "checkpoints_damaged"
 VERSIONED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -257,12 +258,12 @@ class Checkpointer:
         shutil.move(self._folder / str(step), target)
 
     def _require_space(self, step: int, arrays: PyTree) -> None:
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + BYTES_BESIDE_ARRAYS
         free = shutil.disk_usage(self._folder).free
-        if free < needed + (1 << 20):
+        if free < needed:
             raise CheckpointError(
-                f"saving step {step} needs up to {needed >> 20} MiB in {self._folder}: "
-                f"{free >> 20} MiB are free; {self._intact()}; free some space and start the same "
+                f"saving step {step} needs up to {needed / 1e6:.1f} MB in {self._folder}: "
+                f"{free / 1e6:.1f} MB are free; {self._intact()}; free some space and start the same "
                 "command again"
             )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from longctx_jax.benchmarking import decode_suite, figures, suites
+from longctx_jax.benchmarking import decode_suite, figures, saving_suite, suites
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
 from longctx_jax.models.diagonal import diagonal_cells
@@ -150,3 +150,12 @@ def test_random_batches_have_documents_that_only_grow():
     steps = jnp.diff(batch["segment_ids"], axis=1)
     assert int(steps.min()) == 0 and int(steps.sum()) > 0
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+
+
+def test_a_save_has_a_price(config):
+    config.train.checkpoint_every = 10
+    (row,) = saving_suite.saving_rows(config, QUICK)
+    assert row["part"] == "saves" and row["checkpoint_every"] == 10
+    assert row["save_wait_ms"] > 0 and row["overhead_fraction"] >= 0
+    price_s, interval_s = max(0, row["save_extra_ms"]), 10 * row["median_ms"]
+    np.testing.assert_allclose(row["overhead_fraction"], price_s / interval_s, rtol=0.01, atol=1e-5)

@@ -25,7 +25,7 @@ ONE_PARAGRAPH = {
     ("--suite=train", "--config=configs/nope.py"): "configs/nope.py",
 }
 USAGE = {
-    "--suite=train --parts=modles": "models, lengths, schedules",
+    "--suite=train --parts=modles": "models, lengths, schedules, saves",
     "--suite=decay --parts=models": "main, grid, float32, per_token, long",
     "--suite=train --lengths=1k": "numbers of tokens",
     "--suite=decode --peers=all": "got decode and all",

@@ -1,0 +1,93 @@
+"""What checkpoints cost a run: the part "saves" of the suite `train`.
+
+A stretch of updates with a save at its start takes turns with the same stretch without one. The
+save is asynchronous, so its price is what the loop waits for it and what the writing threads take
+from the updates meanwhile; the stretch ends when both the updates and the save are done.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from longctx_jax.benchmarking import flops, suites, timing
+from longctx_jax.benchmarking.suites import Limits
+from longctx_jax.benchmarking.timing import Row
+from longctx_jax.models import build_model
+from longctx_jax.models.config import model_config
+from longctx_jax.training.checkpoint import Checkpointer
+
+PARTS = ("saves",)
+N_UPDATES = 20  # of a stretch: a save must be over before they are, as it is in a run
+
+
+def saving_rows(config: Any, limits: Limits) -> Iterator[Row]:
+    """Yields one row: `overhead_fraction`, a save's price over the time of checkpoint_every steps.
+
+    Args:
+        config: a whole config; its model, optim, data.global_batch_size, data.seq_len,
+            train.loss_chunk_len, train.checkpoint_every and train.keep_latest count.
+        limits: how many turns.
+    """
+    model = build_model(
+        suites.base_model(config, limits) if limits.is_quick else model_config(dict(config.model))
+    )
+    batch_size, seq_len = suites.train_shape(config, limits)
+    case = suites.train_case(config, model, batch_size, seq_len)
+    inputs = case.make_inputs(None)
+    state = case.function(*inputs)[0]  # compiles
+    n_updates = 2 if limits.is_quick else N_UPDATES
+
+    def stretch(save: Callable[[Any], None]) -> float:
+        """Returns the seconds of some updates, begun with `save`."""
+        nonlocal state
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        save(state)
+        for _ in range(n_updates):
+            state = case.function(state, inputs[1])[0]
+        jax.block_until_ready(state)
+        checkpointer.wait()
+        return time.perf_counter() - start
+
+    waits: list[float] = []
+
+    def save(state) -> None:
+        start = time.perf_counter()
+        checkpointer.save(int(state.step), state, config.to_dict())
+        waits.append(time.perf_counter() - start)
+
+    plain, saving = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpointer = Checkpointer(folder, keep_latest=config.train.keep_latest, keep_every=0)
+        with contextlib.closing(checkpointer):
+            stretch(save)  # makes its folders and threads
+            waits.clear()
+            for _ in range(limits.n_runs):
+                plain.append(stretch(lambda state: None))
+                saving.append(stretch(save))
+    extra_s = np.asarray(saving) - np.asarray(plain)
+    step_s = float(np.median(plain)) / n_updates
+    low, median, high = np.quantile(extra_s, [0.25, 0.5, 0.75])
+    interval_s = config.train.checkpoint_every * step_s
+    speed = timing.summary([seconds / n_updates for seconds in plain])
+    per_token = flops.train_flops_per_token(model.config, seq_len)
+    yield {
+        "suite": "train",
+        "part": "saves",
+        "name": model.config.name,
+        **suites.shape_fields(model.config, batch_size, seq_len),
+        **speed,
+        **suites.speed_fields(speed, batch_size * seq_len, per_token),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        "checkpoint_every": config.train.checkpoint_every,
+        "save_wait_ms": round(1e3 * float(np.median(waits)), 3),
+        "save_extra_ms": round(1e3 * float(median), 3),
+        "save_extra_quartile_1_ms": round(1e3 * float(low), 3),
+        "save_extra_quartile_3_ms": round(1e3 * float(high), 3),
+        "overhead_fraction": round(max(0.0, float(median)) / interval_s, 6),
+    }
