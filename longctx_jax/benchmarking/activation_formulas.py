@@ -4,10 +4,10 @@ Unlike caches and parameters this is an estimate: the compiler decides. What it 
 what is counted, at the widest point of a call (docs/memory_accounting.md has the accuracy):
 
     new cache     the loop over layers writes the caches anew, so a donated cache exists twice
-                  while it runs, and a third time in the loop over tokens
+                  while it runs; but for rings in a call of one token, which are lent (kv_cache.py)
     weights       of one repeat of the pattern, cut out of the stack, in the dtype of products
-    layer cache   of one repeat: cut out, and keys (or values) once more in another order; twice
-                  that where attention goes through blocks of keys
+    layer cache   of one repeat: cut out, and keys (or values) once more in another order (not of
+                  lent rings); twice that where attention goes through blocks of keys
     activations   rows of one layer's widest half: projections, or the MLP's middle; scores of
                   exact attention twice in float32 (the scores, and their exponentials), and
                   those within chunks of decay and Mamba-2
@@ -24,6 +24,7 @@ from longctx_jax.benchmarking.cache_formulas import (
     Terms,
     cache_bytes,
     cache_terms,
+    layer_terms,
     number_bytes,
     state_bytes,
 )
@@ -35,6 +36,7 @@ from longctx_jax.nn.initial_attention import TILE_LEN
 from longctx_jax.ops.attention import DENSE_MAX_SCORES, KEY_BLOCK_LEN, MIN_BAND_LEN
 
 PROGRAMS = ("prefill", "step", "loop")
+RING_MIXERS = ("softmax", "sliding")
 RESLICED = 1.5  # of a layer's cache: taken out of the stack, and its keys laid out anew
 SCORE_COPIES = 2  # of scores, float32: before and after the exponential
 ROW_COPIES = 3  # of a tile of rows made of ids: embeddings, with positions, normed
@@ -72,16 +74,20 @@ def temporary_terms(
     n_cells = n_repeats  # repeats of the pattern in the arrays that a loop over layers walks along
     if is_staggered and (in_lanes or stag.share_weights):
         n_cells = n_repeats // stag.n_stacks
+    lent = 0 if seq_len > 1 else _lent_bytes(config, batch_size, max_len)
     terms = {
-        "new_cache": _cache_copies(config, program) * cache,
+        "new_cache": _cache_copies(config, program) * (cache - lent),
         "weights": layer_numbers // n_cells * number_bytes(config),
-        "layer_cache": _layer_cache(config, batch_size, seq_len, max_len, n_repeats),
+        "layer_cache": _layer_cache(config, cache, lent, seq_len, max_len) // n_repeats,
         "activations": batch_size * _widest(config, seq_len, max_len),
     }
     if in_lanes:
         terms["layer_cache"] *= stag.n_stacks
         terms["activations"] *= stag.n_stacks
-    elif is_staggered and seq_len > 1:
+    elif is_staggered and seq_len == 1:  # the lane of a stack is taken out
+        cross = cache_terms(config, batch_size, max_len).get("cross", 0)
+        terms["layer_cache"] = (cache - cross) // stag.n_stacks
+    elif is_staggered:
         weights = 0 if stag.share_weights else layer_numbers * number_bytes(config)
         terms["other_stacks"] = weights + cache // stag.n_stacks
     if program == "loop" and config.dtype != "float32":
@@ -99,14 +105,16 @@ def _initial_terms(
 ) -> Terms:
     """Returns those of a model whose layers read one memory: one token passes through them.
 
-    The memory is written in place, but for the loop's argument, which stays; what is made of it is
-    scores (of rows), a tile of rows (of ids), or tables by id.
+    The memory is written in place; what is made of it is scores (of rows), a tile of rows (of
+    ids), or tables by id.
     """
     kind, size = choose_cache(config, max_len), number_bytes(config)
     heads, vocab, width = config.n_heads, config.vocab_size, d_memory(config) + d_rotary(config)
+    is_of_layers = kind == "kv" and not config.inattention.share_projections
     is_table = config.inattention.memory_position == "none" and not d_rotary(config)
     made = {
-        "kv": RESLICED * cache / config.n_layers + SCORE_COPIES * heads * max_len * 4,
+        "kv": is_of_layers * cache / config.n_layers
+        + SCORE_COPIES * batch_size * heads * max_len * 4,
         "embedding": ROW_SCORE_COPIES * batch_size * heads * max_len * state_bytes(config),
         "ids": batch_size * ROW_COPIES * min(TILE_LEN, max_len) * width * size,
         "counts": 0,
@@ -115,9 +123,8 @@ def _initial_terms(
         scores = max_len if kind == "ids" else vocab
         made[kind] = vocab * (config.d_model + d_memory(config)) * size
         made[kind] += SCORE_COPIES * batch_size * heads * scores * 4
-    copies = {"prefill": 0, "step": 0, "loop": 1}[program] + (kind == "kv")
     return {
-        "new_cache": copies * cache,
+        "new_cache": cache if program == "prefill" and is_of_layers else 0,
         "weights": layer_numbers // config.n_layers * size,
         "activations": int(made[kind]),
     }
@@ -125,7 +132,7 @@ def _initial_terms(
 
 def _cache_copies(config: ModelConfig, program: str) -> int:
     """Returns how often a call holds caches beside its argument."""
-    copies = {"prefill": 1, "step": 1, "loop": 2}[program]
+    copies = 1
     if config.recurrence != "none" and program == "prefill":
         copies += 1  # the attention caches that the next segment starts with
     elif config.recurrence == "rmt":
@@ -133,22 +140,33 @@ def _cache_copies(config: ModelConfig, program: str) -> int:
     return copies
 
 
-def _layer_cache(
-    config: ModelConfig, batch_size: int, seq_len: int, max_len: int, n_repeats: int
-) -> int:
-    """Returns the bytes of one repeat's caches while it is at work on them."""
+def _lent_bytes(config: ModelConfig, batch_size: int, max_len: int) -> int:
+    """Returns the bytes of the rings that a call of one token reads in place."""
+    stag = config.stagformer
+    is_staggered = config.name == "stagformer"
+    if config.recurrence != "none":
+        return 0
+    mixers = [mixer_kind(config, kind) for kind in config.pattern]
+    rings = [sum(layer_terms(config, m, max_len).values()) for m in mixers if m in RING_MIXERS]
+    lent = batch_size * config.n_layers // len(mixers) * sum(rings)
+    if is_staggered and stag.cross_cache != "memory":
+        lent += cache_terms(config, batch_size, max_len).get("cross", 0)
+    return lent
+
+
+def _layer_cache(config: ModelConfig, cache: int, lent: int, seq_len: int, max_len: int) -> int:
+    """Returns the bytes of all repeats' caches while the model is at work on them."""
     resliced = RESLICED
     capacity = max((_ring_len(config, kind, max_len) for kind in config.pattern), default=0)
     if seq_len > 1 and min(seq_len, capacity - 1) * capacity > DENSE_MAX_SCORES:
         resliced *= 2
-    terms = cache_terms(config, batch_size, max_len)
-    return int(resliced * sum(terms.values())) // n_repeats
+    return int(resliced * (cache - lent)) + lent
 
 
 def _ring_len(config: ModelConfig, kind: str, max_len: int) -> int:
     """Returns how many tokens the ring of exact attention in a layer holds; 0 = it has none."""
     mixer = mixer_kind(config, kind)
-    if mixer not in ("softmax", "sliding"):
+    if mixer not in RING_MIXERS:
         return 0
     if config.recurrence != "none" and (config.recurrence != "armt" or kind == "armt"):
         max_len = config.memory.segment_len + 2 * config.memory.n_memory_tokens

@@ -95,7 +95,7 @@ def prefill_case(
 def loop_case(prefilled: Case, model: Decoder, n_new: int) -> Case:
     """Returns the loop of n_new one-token calls that continues the prefill of `prefilled`.
 
-    The cache is not donated: every run continues the same prompt.
+    The cache is not donated, so a run holds it twice: every run continues the same prompt.
     """
 
     @functools.cache
@@ -121,7 +121,7 @@ def prefill(model: Decoder, variables, tokens: jax.Array, cache):
 
 
 def token_loop(model: Decoder, n_new: int, variables, logits: jax.Array, cache):
-    """Returns n_new most likely tokens [batch, n_new], each fed back."""
+    """Returns n_new most likely tokens [batch, n_new], each fed back, and the cache."""
 
     def step(carry, _):
         logits, cache = carry
@@ -129,5 +129,5 @@ def token_loop(model: Decoder, n_new: int, variables, logits: jax.Array, cache):
         out = model.apply(variables, token[:, None], cache)
         return (out.logits[:, 0].astype(jnp.float32), out.cache), token
 
-    _, tokens = jax.lax.scan(step, (logits, cache), length=n_new)
-    return tokens.T
+    (_, cache), tokens = jax.lax.scan(step, (logits, cache), length=n_new)
+    return tokens.T, cache

@@ -94,7 +94,7 @@ def filled_cache(model: Decoder, context_len: int, max_len: int) -> Any:
     def fill(cache):
         if not isinstance(cache, KVCache):
             return cache
-        capacity = cache.key.shape[-3]
+        capacity = cache.capacity
         slots = np.arange(capacity)
         positions = context_len - 1 - (context_len - 1 - slots) % capacity
         return KVCache(

@@ -5,7 +5,7 @@ seconds to account for. A program is one of
 
     prefill   a piece of a prompt onto a cache of max_len tokens, which is donated
     step      one token likewise, as a server would run it
-    loop      the loop over tokens that `decoding.generate` runs, which keeps its argument
+    loop      the loop over tokens that `decoding.generate` runs, the cache donated
     train     a whole update: parameters, gradients, the optimizer's state, activations
 
 and holds arguments + outputs - aliased + temporaries. All but the temporaries are exact, to the
@@ -109,9 +109,8 @@ def predicted(
     )
     temporaries = sum(terms.values())
     if program == "loop":
-        unused = 4 * batch_size  # the cache's last segment id, without segment ids
-        outputs = 4 * batch_size * N_NEW
-        return _plan(arguments + logits - unused, outputs, 0, temporaries), terms
+        outputs = 4 * batch_size * N_NEW + cache
+        return _plan(arguments + logits, outputs, cache, temporaries), terms
     arguments += 4 * batch_size * seq_len
     return _plan(arguments, logits + cache, cache, temporaries), terms
 
@@ -156,7 +155,8 @@ def make_program(
     cache = jax.eval_shape(lambda: model.init_cache(batch_size, max_len))
     if program == "loop":
         logits = jax.ShapeDtypeStruct((batch_size, model.config.vocab_size), jnp.float32)
-        return jax.jit(functools.partial(token_loop, model, N_NEW)), (variables, logits, cache)
+        loop = functools.partial(token_loop, model, N_NEW)
+        return jax.jit(loop, donate_argnums=2), (variables, logits, cache)
     seq_len = min(piece_len, max_len) if program == "prefill" else 1
     runs = model.exact if program == "prefill" else model
     tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)

@@ -53,7 +53,7 @@ def generate(
         batch = [prompts[row] for row in rows]
         logits, cache = _read(model, variables, batch, max_new_tokens, cache_len, prefill_len)
         numbers = jnp.asarray(rows, jnp.int32)
-        result[rows] = _decode(
+        result[rows], _ = _decode(
             model, sampling, max_new_tokens, variables, logits, cache, key, numbers
         )
     return result
@@ -125,9 +125,12 @@ def _logits(model: Decoder, variables, hidden):
     return logits.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits, cache, key, rows):
-    """Draws n_tokens for each of `rows`, the numbers of the prompts; the last is not fed back."""
+    """Draws n_tokens for each of `rows`, the numbers of the prompts; the last is not fed back.
+
+    Returns them and the cache, which is written where the old one lay.
+    """
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
     def draw(logits, index):
@@ -143,7 +146,7 @@ def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits
 
     (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(n_tokens - 1))
     last = draw(logits, n_tokens - 1)
-    return jnp.concatenate([tokens, last[None]], axis=0).T
+    return jnp.concatenate([tokens, last[None]], axis=0).T, cache
 
 
 def _check(model: Decoder, prompts, max_new_tokens: int) -> None:

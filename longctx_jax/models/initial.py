@@ -38,7 +38,7 @@ from longctx_jax.nn.initial_memory import (
     walk,
 )
 from longctx_jax.nn.initial_rows import RowMaker
-from longctx_jax.nn.kv_cache import KVCache, extend, init_kv_cache
+from longctx_jax.nn.kv_cache import KVCache, extend, init_kv_cache, lend, settle
 from longctx_jax.ops.position import alibi_slopes
 from longctx_jax.typing import PRNGKey, PyTree
 
@@ -347,10 +347,10 @@ class _Run(NamedTuple):
         inputs = (
             jnp.arange(self.config.n_layers),
             self.params["stack"][name],
-            layers if isinstance(layers, KVCache) else None,
+            lend(layers) if isinstance(layers, KVCache) else None,
         )
         cell = rematerialize(self.config, cell)
         x, (caches, aux) = jax.lax.scan(
             cell, x, inputs, unroll=min(self.config.unroll, len(inputs[0]))
         )
-        return x, layers if caches is None else caches, (aux,)
+        return x, layers if caches is None else settle(layers, caches), (aux,)

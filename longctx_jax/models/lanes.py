@@ -26,6 +26,7 @@ from longctx_jax.models.staggered_state import (
 )
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.cross_attention import extend_rows
+from longctx_jax.nn.kv_cache import lend, settle
 from longctx_jax.typing import PyTree
 
 
@@ -126,7 +127,9 @@ def _run(config, rows, stacks, x, memory, documents, caches: StackCaches, weight
             auxes.append(aux)
         return x, (tuple(new), tuple(auxes))
 
-    y, (positions, aux) = jax.lax.scan(row, x, (rows, caches.positions), unroll=config.unroll)
+    lent = (rows, lend(caches.positions))
+    y, (new, aux) = jax.lax.scan(row, x, lent, unroll=config.unroll)
+    positions = settle(caches.positions, new)
     if ring is not None:
         ring = jax.tree.map(lambda leaf: leaf[None], ring.after)
     below = y[:-1] if n_idle else y

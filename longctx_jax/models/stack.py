@@ -21,6 +21,7 @@ from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.decay_attention import DecayAttention
+from longctx_jax.nn.kv_cache import lend, settle
 from longctx_jax.nn.mamba import Mamba
 from longctx_jax.nn.partition import spread_tokens
 from longctx_jax.nn.rwkv import RWKVTimeMix
@@ -296,6 +297,9 @@ def run_segments(
     segment_len = min(config.segment_len or _default_segment_len(config, seq), seq)
     n_full = seq // segment_len
     wanted_back = caches is not None
+    before = caches
+    if wanted_back and seq == 1:
+        caches = lend(caches)
     if caches is None and segment_len < seq:
         caches = make_caches()
         if documents is None:
@@ -329,6 +333,8 @@ def run_segments(
         (last, *_), caches, tail_aux = run(tail, caches, n_full)
         y = jnp.concatenate([y, last[0]], axis=1)
         aux = jax.tree.map(jnp.add, aux, tail_aux)
+    if wanted_back and seq == 1:
+        caches = settle(before, caches)
     return y, caches if wanted_back else None, aux
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Aux, Documents, no_aux
-from longctx_jax.nn.kv_cache import KVCache, cached_attention, init_kv_cache
+from longctx_jax.nn.kv_cache import KVCache, NewToken, cached_attention, init_kv_cache
 from longctx_jax.nn.mlp import dense
 from longctx_jax.nn.norms import EPS, RMSNorm
 from longctx_jax.ops.position import UNSCALED, DistanceBias, RotaryScaling, rotate
@@ -47,7 +47,7 @@ class SoftmaxAttention(nn.Module):
         *,
         layer: jax.Array | None = None,
         train: bool,
-    ) -> tuple[jax.Array, KVCache | None, Aux]:
+    ) -> tuple[jax.Array, KVCache | NewToken | None, Aux]:
         """Maps [batch, seq, d_model] to the same; `cache` None = empty and not wanted back."""
         del layer, train
         query = self._heads(x, "query", self.n_heads, self.d_key)
@@ -68,7 +68,7 @@ class SoftmaxAttention(nn.Module):
             table = self.param("relative_bias", nn.initializers.zeros, shape, jnp.float32)
             bias = DistanceBias(table)
 
-        out, cache = cached_attention(
+        out, kept = cached_attention(
             query,
             key,
             value,
@@ -79,7 +79,7 @@ class SoftmaxAttention(nn.Module):
             implementation=self.implementation,
         )
         out = out.reshape(*out.shape[:2], -1)
-        return dense(x.shape[-1], self.dtype, "out", self.output_scale)(out), cache, no_aux()
+        return dense(x.shape[-1], self.dtype, "out", self.output_scale)(out), kept, no_aux()
 
     def _heads(self, x, name, n_heads, width):
         return dense(n_heads * width, self.dtype, name)(x).reshape(*x.shape[:2], n_heads, width)

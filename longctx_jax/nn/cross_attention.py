@@ -15,7 +15,14 @@ import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.dropout import drop
-from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend, init_kv_cache
+from longctx_jax.nn.kv_cache import (
+    KVCache,
+    NewToken,
+    attend_ring,
+    cached_attention,
+    extend,
+    init_kv_cache,
+)
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import EPS, make_norm
 from longctx_jax.ops.position import UNSCALED, RotaryScaling, rotate
@@ -33,7 +40,7 @@ class RowCache:
     position: jax.Array
 
     def with_keys(self, key: jax.Array, value: jax.Array) -> KVCache:
-        """Returns the KVCache whose keys and values [batch, capacity, heads, ...] these are."""
+        """Returns the KVCache whose keys and values [batch, heads, capacity, ...] these are."""
         return KVCache(key, value, self.slot_positions, self.slot_documents, self.position)
 
 
@@ -47,14 +54,14 @@ class MemoryRing(NamedTuple):
 def init_rows(batch_size: int, capacity: int, d_model: int, dtype: str) -> RowCache:
     """Returns an empty ring: capacity d_model numbers a batch row."""
     empty = init_kv_cache(batch_size, capacity, 1, d_model, 0, dtype)
-    return RowCache(empty.key[:, :, 0], empty.slot_positions, empty.slot_documents, empty.position)
+    return RowCache(empty.key[:, 0], empty.slot_positions, empty.slot_documents, empty.position)
 
 
 def extend_rows(ring: RowCache, memory: jax.Array, documents: Documents) -> MemoryRing:
     """Returns the ring before and after it takes in memory [batch, seq, d_model]."""
-    before, new = ring.rows[:, :, None], memory[:, :, None]
+    before, new = ring.rows[:, None], memory[:, :, None]
     kept = extend(ring.with_keys(before, before[..., :0]), new, new[..., :0], documents.index)
-    rows = RowCache(kept.key[:, :, 0], kept.slot_positions, kept.slot_documents, kept.position)
+    rows = RowCache(kept.key[:, 0], kept.slot_positions, kept.slot_documents, kept.position)
     return MemoryRing(ring, rows)
 
 
@@ -95,7 +102,7 @@ class CrossHalf(nn.Module):
         documents: Documents | None,
         *,
         train: bool = False,
-    ) -> tuple[jax.Array, KVCache | MemoryRing | None]:
+    ) -> tuple[jax.Array, KVCache | NewToken | MemoryRing | None]:
         """Maps [batch, seq, d_model] to the same; memory has one row a token.
 
         Args:
@@ -115,12 +122,12 @@ class CrossHalf(nn.Module):
         to_key = Kernel(self.n_kv_heads * self.d_key, self.dtype, name="key")(x.shape[-1])
         to_value = Kernel(self.n_kv_heads * self.d_value, self.dtype, name="value")(x.shape[-1])
         if isinstance(cache, MemoryRing) and x.shape[1] == 1:
-            out = self._absorbed(query, to_key, to_value, cache.after, documents)
+            out, kept = self._absorbed(query, to_key, to_value, cache.after, documents), cache
         else:
-            out, cache = self._explicit(query, to_key, to_value, memory, cache, documents)
+            out, kept = self._explicit(query, to_key, to_value, memory, cache, documents)
         out = out.reshape(*out.shape[:2], -1)
         out = dense(x.shape[-1], self.dtype, "out", self.output_scale)(out)
-        return x + self._drop(out, train), cache
+        return x + self._drop(out, train), kept
 
     def _explicit(self, query, to_key, to_value, memory, cache, documents):
         """Keys and values of every row; those of a shared ring are made anew."""
@@ -137,7 +144,7 @@ class CrossHalf(nn.Module):
                 ),
                 before.rows,
             )
-            cache = before.with_keys(key, value)
+            cache = before.with_keys(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
         key, value = self._keys(memory, to_key), self._values(memory, to_value)
         if self.position == "rotary":
             positions = jnp.arange(memory.shape[1], dtype=jnp.int32)[None]
@@ -145,7 +152,7 @@ class CrossHalf(nn.Module):
                 positions = cache.position[:, None] + positions
             query = rotate(query, positions + self.delay, self.rope_theta, self.rope_scaling)
             key = rotate(key, positions, self.rope_theta, self.rope_scaling)
-        out, cache = cached_attention(
+        out, kept = cached_attention(
             query,
             key,
             value,
@@ -155,7 +162,7 @@ class CrossHalf(nn.Module):
             relative_bias=None,
             implementation=self.implementation,
         )
-        return out, cache if shared is None else shared
+        return out, kept if shared is None else shared
 
     def _absorbed(self, query, to_key, to_value, ring: RowCache, documents):
         """One token against the rows themselves: <q, M W_K> = <q W_K^T, M>, (P M) W_V = P (M W_V).
@@ -167,7 +174,7 @@ class CrossHalf(nn.Module):
         grouped = query.reshape(batch, seq, n_kv, -1, d_key)
         to_key = to_key.reshape(d_model, n_kv, d_key)
         absorbed = jnp.einsum("btgrk,dgk->btgrd", grouped, to_key).reshape(batch, seq, -1, d_model)
-        rows = ring.with_keys(ring.rows[:, :, None], ring.rows[:, :, None])
+        rows = ring.with_keys(ring.rows[:, None], ring.rows[:, None])
         positions = ring.position[:, None] - 1
         partial = attend_ring(
             absorbed, rows, positions, documents.index, None, scale=self.d_key**-0.5

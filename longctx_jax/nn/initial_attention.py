@@ -22,7 +22,7 @@ import numpy as np
 
 from longctx_jax.nn.contract import Aux, Documents, no_aux, own_documents
 from longctx_jax.nn.initial_memory import Counts, IdRing, KeyMemory, RowRing, slot_positions
-from longctx_jax.nn.kv_cache import KVCache, attend_ring, cached_attention, extend
+from longctx_jax.nn.kv_cache import KVCache, NewToken, attend_ring, cached_attention, extend
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.ops.attention import (
     NEVER,
@@ -148,7 +148,7 @@ class InitialAttention(nn.Module):
         *,
         layer: jax.Array | None = None,
         train: bool,
-    ) -> tuple[jax.Array, KVCache | None, Aux]:
+    ) -> tuple[jax.Array, KVCache | NewToken | None, Aux]:
         """Maps [batch, n, d_model] to the same, and this layer's cache to the one after the call.
 
         Args:
@@ -236,7 +236,7 @@ class InitialAttention(nn.Module):
         """A cache of keys and values: of the layer, or (shared projections) of all layers."""
         own = sight.layer_cache
         key, value = self.keys(parts.kernels, sight.rows, sight.positions)
-        if parts.query.shape[1] > 1:
+        if parts.query.shape[1] > 1 or (own is not None and key.shape[1] == 1):
             past = sight.before.keys if own is None else own
             out, kept = cached_attention(
                 parts.whole_query,
@@ -335,6 +335,7 @@ class InitialAttention(nn.Module):
             rows = sight.make_rows(past.ids, slots, past.place.start)
         key, value = self.keys(kernels, rows, slots)
         marks = jnp.broadcast_to(_newest_document(documents), slots.shape)
+        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
         return KVCache(key, value, slots, marks, past.place.position)
 
     def _from_rows(self, parts: "_Parts", sight: Sight) -> jax.Array:

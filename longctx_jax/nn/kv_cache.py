@@ -4,7 +4,15 @@ Slot p % capacity holds the token at stream position p; each slot records its po
 so the visibility rule of `ops/attention.py` is the only mask. One cache serves full attention
 (capacity = the longest context wanted) and sliding windows (capacity = window). A stream longer
 than the capacity keeps going: attention then sees the last `capacity` tokens, at any split.
+
+A loop over layers that gave back a whole ring a layer would copy the rings at every token. So a
+stack lends its rings (`lend`): a call of one token then hands back what is to be appended, a
+`NewToken`, and the stack writes those of all layers in place (`settle`). A token's memory traffic
+is one reading of the rings then. Heads come before slots, so that a head's keys are one matrix.
 """
+
+import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,6 +25,7 @@ from longctx_jax.ops.attention import (
     Partial,
     attention,
     attention_partial,
+    attention_to_self,
     empty_partial,
     merge_partial_attention,
 )
@@ -27,11 +36,26 @@ from longctx_jax.ops.position import DistanceBias
 class KVCache:
     """Keys and values of the last tokens of a stream, one row a batch entry."""
 
-    key: jax.Array  # [batch, capacity, kv_heads, key]
-    value: jax.Array  # [batch, capacity, kv_heads, value]
+    key: jax.Array  # [batch, kv_heads, capacity, key]
+    value: jax.Array  # [batch, kv_heads, capacity, value]
     slot_positions: jax.Array  # int32 [batch, capacity]; NEVER = empty
     slot_documents: jax.Array  # int32 [batch, capacity]
     position: jax.Array  # int32 [batch], of the next token
+    is_lent: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens it holds."""
+        return self.slot_positions.shape[-1]
+
+
+@flax.struct.dataclass
+class NewToken:
+    """What one token adds to a ring."""
+
+    key: jax.Array  # [batch, 1, kv_heads, key]
+    value: jax.Array  # [batch, 1, kv_heads, value]
+    document: jax.Array  # int32 [batch, 1]
 
 
 def init_kv_cache(
@@ -39,8 +63,8 @@ def init_kv_cache(
 ) -> KVCache:
     """Returns an empty cache of 2 capacity n_kv_heads (d_key + d_value) bytes a row in bfloat16."""
     return KVCache(
-        key=jnp.zeros((batch_size, capacity, n_kv_heads, d_key), dtype),
-        value=jnp.zeros((batch_size, capacity, n_kv_heads, d_value), dtype),
+        key=jnp.zeros((batch_size, n_kv_heads, capacity, d_key), dtype),
+        value=jnp.zeros((batch_size, n_kv_heads, capacity, d_value), dtype),
         slot_positions=jnp.full((batch_size, capacity), NEVER, jnp.int32),
         slot_documents=jnp.zeros((batch_size, capacity), jnp.int32),
         position=jnp.zeros((batch_size,), jnp.int32),
@@ -48,24 +72,69 @@ def init_kv_cache(
 
 
 def extend(cache: KVCache, key: jax.Array, value: jax.Array, documents: jax.Array) -> KVCache:
-    """Returns the cache after appending tokens; of more than `capacity`, the last ones stay."""
+    """Returns the cache after appending tokens; of more than `capacity`, the last ones stay.
+
+    Args:
+        cache: the ring before.
+        key: [batch, seq, kv_heads, key].
+        value: [batch, seq, kv_heads, value].
+        documents: numbered as those in the cache, int32 [batch, seq].
+    """
     batch, seq = key.shape[:2]
-    kept = min(seq, cache.key.shape[1])
+    kept = min(seq, cache.capacity)
     positions = cache.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)
     rows = jnp.arange(batch)[:, None]
-    slots = positions % cache.key.shape[1]
+    slots = positions % cache.capacity
 
-    def write(buffer, new):
+    def write(buffer, new):  # the indices around the heads put [batch, seq] in front of them
         new = new[:, seq - kept :].astype(buffer.dtype)
+        return buffer.at[rows, :, slots].set(new, unique_indices=True)
+
+    def mark(buffer, new):
         return buffer.at[rows, slots].set(new, unique_indices=True)
 
-    return KVCache(
+    return dataclasses.replace(
+        cache,
         key=write(cache.key, key),
         value=write(cache.value, value),
-        slot_positions=cache.slot_positions.at[rows, slots].set(positions, unique_indices=True),
-        slot_documents=write(cache.slot_documents, documents),
+        slot_positions=mark(cache.slot_positions, positions),
+        slot_documents=mark(cache.slot_documents, documents[:, seq - kept :]),
         position=cache.position + seq,
     )
+
+
+def lend(caches: Any) -> Any:
+    """Returns a tree of caches whose rings will be settled: see the head of this file."""
+    return _map_rings(lambda ring: dataclasses.replace(ring, is_lent=True), caches)
+
+
+def settle(before: Any, after: Any) -> Any:
+    """Returns the caches after a call with lent rings.
+
+    Args:
+        before: the caches that were lent, with any leading axes.
+        after: what came back for them: a NewToken or a ring in the place of each.
+    """
+
+    def append(ring: KVCache, new: NewToken | KVCache) -> KVCache:
+        if isinstance(new, KVCache):
+            return dataclasses.replace(new, is_lent=False)
+        write = extend
+        for _ in range(ring.key.ndim - 4):
+            write = jax.vmap(write)
+        return write(ring, new.key, new.value, new.document)
+
+    return _map_rings(append, before, after)
+
+
+def _map_rings(change, tree, *others):
+    def is_ring(node):
+        return isinstance(node, KVCache)
+
+    def at(node, *nodes):
+        return change(node, *nodes) if is_ring(node) else nodes[0] if nodes else node
+
+    return jax.tree.map(at, tree, *others, is_leaf=is_ring)
 
 
 def cached_attention(
@@ -78,7 +147,7 @@ def cached_attention(
     window_len: int,
     relative_bias: DistanceBias | None,
     implementation: str,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, KVCache | NewToken | None]:
     """Attends over the cached and the new tokens, and appends the new ones.
 
     Args:
@@ -93,7 +162,8 @@ def cached_attention(
         implementation: for the new tokens among themselves.
 
     Returns:
-        out [batch, seq, heads, value], and the extended cache.
+        out [batch, seq, heads, value], and the extended cache; of one token and a lent ring, what
+        is to be appended to it.
     """
     if cache is None:
         out = attention(
@@ -107,15 +177,19 @@ def cached_attention(
         )
         return out, None
     assert documents is not None
-    seq, capacity = query.shape[1], cache.key.shape[1]
-    extended = extend(cache, key, value, documents.index)
-    if seq == 1:  # the ring holds the new token and every other it may see
-        partial = attend_ring(
-            query, extended, cache.position[:, None], documents.index, relative_bias
-        )
-        return partial.out, extended
-
+    seq, capacity = query.shape[1], cache.capacity
     positions = cache.position[:, None] + jnp.arange(seq, dtype=jnp.int32)
+    if seq == 1 and not cache.is_lent:  # the ring holds the new token and all others it may see
+        extended = extend(cache, key, value, documents.index)
+        out = attend_ring(query, extended, positions, documents.index, relative_bias).out
+        return out, extended
+    if seq == 1:
+        old = attend_ring(query, cache, positions, documents.index, relative_bias)
+        new = attention_to_self(query, key, value, relative_bias=relative_bias)
+        token = NewToken(key, value, documents.index)
+        return merge_partial_attention(new, old).out, token
+
+    extended = extend(cache, key, value, documents.index)
     segments = own_documents(documents)
     own = attention_partial(
         query,
@@ -166,10 +240,10 @@ def attend_ring(
     """
     return attention_partial(
         query,
-        cache.key.astype(query.dtype),
-        cache.value.astype(query.dtype),
+        jnp.swapaxes(cache.key, 1, 2).astype(query.dtype),
+        jnp.swapaxes(cache.value, 1, 2).astype(query.dtype),
         Keys(positions, cache.slot_positions, documents, cache.slot_documents),
-        window_len=cache.key.shape[1],
+        window_len=cache.capacity,
         relative_bias=relative_bias,
         scale=scale,
     )

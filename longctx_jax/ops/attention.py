@@ -188,6 +188,28 @@ def merge_partial_attention(left: Partial, right: Partial) -> Partial:
     return Partial(out.astype(left.out.dtype), log_normalizer)
 
 
+def attention_to_self(
+    query: Float[Array, "batch seq heads key"],
+    key: Float[Array, "batch seq kv_heads key"],
+    value: Float[Array, "batch seq kv_heads value"],
+    *,
+    relative_bias: DistanceBias | None = None,
+    scale: float | None = None,
+) -> Partial:
+    """Returns each token's attention to itself alone: a softmax over one key.
+
+    To be merged with what came before; arguments as of `attention_partial`. No matrix product.
+    """
+    group = query.shape[2] // key.shape[2]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+    wide = _accumulator(query)
+    scores = factor * jnp.sum(query.astype(wide) * key.astype(wide), axis=-1)
+    if relative_bias is not None:
+        scores += distance_bias(relative_bias, jnp.zeros((), jnp.int32))
+    return Partial(value, scores)
+
+
 def empty_partial(like: Partial) -> Partial:
     """Returns the neutral element of `merge_partial_attention`."""
     return Partial(jnp.zeros_like(like.out), jnp.full_like(like.log_normalizer, -jnp.inf))

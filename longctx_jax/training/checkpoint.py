@@ -263,8 +263,8 @@ class Checkpointer:
         if free < needed:
             raise CheckpointError(
                 f"saving step {step} needs up to {needed / 1e6:.1f} MB in {self._folder}: "
-                f"{free / 1e6:.1f} MB are free; {self._intact()}; free some space and start the same "
-                "command again"
+                f"{free / 1e6:.1f} MB are free; {self._intact()}; free some space and start the "
+                "same command again"
             )
 
     def _save_failed(self, step: int | None, error: Exception) -> CheckpointError:

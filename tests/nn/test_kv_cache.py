@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx_jax.nn.attention import SoftmaxAttention
-from longctx_jax.nn.contract import advance_documents
-from longctx_jax.nn.kv_cache import extend, init_kv_cache
+from longctx_jax.nn.contract import Documents, advance_documents
+from longctx_jax.nn.kv_cache import KVCache, NewToken, extend, init_kv_cache, lend, settle
 from longctx_jax.ops.attention import NEVER
 from tests.helpers import make_normal, random_variables, sub_jaxprs
 
@@ -44,8 +44,8 @@ def test_the_ring_holds_the_last_tokens(lengths):
             if position == NEVER:
                 continue
             assert slot == position % CAPACITY
-            assert np.array_equal(cache.key[row, slot], TOKENS[row, position])
-            assert np.array_equal(cache.value[row, slot], 2 * TOKENS[row, position, :, :2])
+            assert np.array_equal(cache.key[row, :, slot], TOKENS[row, position])
+            assert np.array_equal(cache.value[row, :, slot], 2 * TOKENS[row, position, :, :2])
             assert cache.slot_documents[row, slot] == DOCUMENTS[row, position]
 
 
@@ -67,6 +67,39 @@ def test_rows_stand_at_their_own_positions():
     assert np.array_equal(cache.position, [2, 9])
 
 
+def test_a_lent_ring_is_settled_to_the_extended_one():
+    mixer = make_mixer(4)
+    x = jnp.asarray(make_normal(0, BATCH, 9, 6), jnp.float32)
+    documents = Documents(jnp.asarray(DOCUMENTS[:, :9]), None)
+    ring = mixer.init_cache(BATCH, 9)
+    variables = mixer.init(jax.random.key(0), x, ring, documents, train=False)
+
+    @jax.jit
+    def step(ring, x, documents):
+        return mixer.apply(variables, x, ring, documents, train=False)[:2]
+
+    for t in range(9):
+        now = x[:, t : t + 1], Documents(documents.index[:, t : t + 1], None)
+        expected, extended = step(ring, *now)
+        out, token = step(lend({"a": ring})["a"], *now)
+        assert isinstance(token, NewToken)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+        stacked = jax.tree.map(lambda leaf: leaf[None], (ring, token))
+        settled = jax.tree.map(lambda leaf: leaf[0], settle(*stacked))
+        assert jax.tree.structure(settled) == jax.tree.structure(extended)
+        for mine, theirs in zip(jax.tree.leaves(settled), jax.tree.leaves(extended), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        ring = extended
+    assert isinstance(ring, KVCache) and not ring.is_lent
+
+
+def test_several_tokens_extend_a_lent_ring():
+    ring = init_kv_cache(BATCH, CAPACITY, 1, 3, 3, "float32")
+    lent = extend(lend(ring), TOKENS[:, :2], TOKENS[:, :2], DOCUMENTS[:, :2])
+    settled = settle(ring, lent)
+    assert not settled.is_lent and np.array_equal(settled.position, [2] * BATCH)
+
+
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
 def test_bytes(dtype, width):
     cache = init_kv_cache(3, 16, 2, 4, 6, dtype)
@@ -78,7 +111,7 @@ def test_bytes(dtype, width):
 )
 def test_capacity(window_len, max_len, capacity):
     cache = make_mixer(window_len).init_cache(2, max_len)
-    assert cache.key.shape == (2, capacity, 1, 4) and cache.value.shape == (2, capacity, 1, 4)
+    assert cache.key.shape == (2, 1, capacity, 4) and cache.value.shape == (2, 1, capacity, 4)
 
 
 def make_mixer(window_len, implementation="auto"):

@@ -327,6 +327,19 @@ def test_sliced_keys_merge_to_the_whole():
     assert_trees_close(tuple(merged), tuple(part(q, k, v, 0, 7)), rel_rms=3e-7)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_alone(dtype):
+    shapes = ((2, 1, 6, 4), (2, 1, 2, 4), (2, 1, 2, 4))
+    query, key, value = (jnp.asarray(make_normal(i, *s), dtype) for i, s in enumerate(shapes))
+    table = jnp.asarray(make_normal(3, 6, 5), jnp.float32)
+    options = {"relative_bias": DistanceBias(table), "scale": 0.3}
+    places = jnp.full((1, 1), 7)
+    expected = attention_partial(query, key, value, Keys(places, places), **options)
+    found = ops.attention_to_self(query, key, value, **options)
+    assert found.out.dtype == dtype
+    assert_trees_close(found, expected, rel_rms=1e-6)
+
+
 def test_empty_partial_is_neutral():
     partial = masked_partial()(jnp.array([1, 1, 0, 0, 0, 0, 0]), 0)  # two rows without keys
     empty = ops.empty_partial(partial)
