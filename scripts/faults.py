@@ -34,7 +34,6 @@ def main(arguments: list[str]) -> int:
     if unknown:
         raise common.UsageError(f"--faults must be of {', '.join(FAULTS)}: got {unknown[0]!r}")
     outcomes: list[Outcome] = []
-    command = "python -m scripts.faults " + " ".join(sys.argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
         victims = Victims(_KEEP.value or temporary, _SEED.value)
         for name in _FAULTS.value or FAULTS:
@@ -42,13 +41,13 @@ def main(arguments: list[str]) -> int:
             for outcome in FAULTS[name](victims, _N_KILLS.value):
                 outcome.seconds = time.monotonic() - start
                 print(line(outcome), flush=True)
-                keep(outcome, command)
+                keep(outcome)
                 outcomes.append(outcome)
     print(f"\n{header()}\n" + "\n".join(map(line, outcomes)))
     return 0 if all(outcome.is_well for outcome in outcomes) else common.EXIT_FAILED
 
 
-def keep(outcome: Any, command: str) -> None:
+def keep(outcome: Any) -> None:
     """Appends a row to --out, from a process of its own: this one must never use a device."""
     if not _OUT.value:
         return
@@ -56,6 +55,7 @@ def keep(outcome: Any, command: str) -> None:
     if pid == 0:
         from longctx_jax.benchmarking import timing
 
+        command = timing.command_line("scripts.faults", sys.argv[1:])
         row = {"suite": "faults", **dataclasses.asdict(outcome), **timing.environment(command)}
         timing.write_rows(_OUT.value, [row])
         os._exit(0)

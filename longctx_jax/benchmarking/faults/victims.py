@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from longctx_jax.benchmarking import timing
+
 FIELDS: dict[str, Any] = {
     "model.n_layers": 2,
     "model.d_model": 16,
@@ -256,8 +258,7 @@ def error_of(victim: Victim) -> str:
     """Returns the message, shortened and without folders."""
     lines = [line for line in victim.text().splitlines() if line.startswith("error: ")]
     text = lines[-1].removeprefix("error: ") if lines else f"exit code {victim.exit_code}"
-    folder = str(victim.workdir.parent)
-    return text.replace(folder + "/", "").replace(folder, "")[:160]
+    return timing.without_paths(text)[:160]
 
 
 def wait_until_training(victim: Victim) -> None:
