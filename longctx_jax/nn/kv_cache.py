@@ -103,6 +103,11 @@ def extend(cache: KVCache, key: jax.Array, value: jax.Array, documents: jax.Arra
     )
 
 
+def append(cache: KVCache, token: NewToken) -> KVCache:
+    """Returns the cache after one more token."""
+    return extend(cache, token.key, token.value, token.document)
+
+
 def lend(caches: Any) -> Any:
     """Returns a tree of caches whose rings will be settled: see the head of this file."""
     return _map_rings(lambda ring: dataclasses.replace(ring, is_lent=True), caches)
@@ -116,15 +121,15 @@ def settle(before: Any, after: Any) -> Any:
         after: what came back for them: a NewToken or a ring in the place of each.
     """
 
-    def append(ring: KVCache, new: NewToken | KVCache) -> KVCache:
+    def take_back(ring: KVCache, new: NewToken | KVCache) -> KVCache:
         if isinstance(new, KVCache):
             return dataclasses.replace(new, is_lent=False)
-        write = extend
+        write = append
         for _ in range(ring.key.ndim - 4):
             write = jax.vmap(write)
-        return write(ring, new.key, new.value, new.document)
+        return write(ring, new)
 
-    return _map_rings(append, before, after)
+    return _map_rings(take_back, before, after)
 
 
 def _map_rings(change, tree, *others):
@@ -179,15 +184,12 @@ def cached_attention(
     assert documents is not None
     seq, capacity = query.shape[1], cache.capacity
     positions = cache.position[:, None] + jnp.arange(seq, dtype=jnp.int32)
-    if seq == 1 and not cache.is_lent:  # the ring holds the new token and all others it may see
-        extended = extend(cache, key, value, documents.index)
-        out = attend_ring(query, extended, positions, documents.index, relative_bias).out
-        return out, extended
     if seq == 1:
         old = attend_ring(query, cache, positions, documents.index, relative_bias)
         new = attention_to_self(query, key, value, relative_bias=relative_bias)
+        out = merge_partial_attention(new, old).out
         token = NewToken(key, value, documents.index)
-        return merge_partial_attention(new, old).out, token
+        return out, token if cache.is_lent else append(cache, token)
 
     extended = extend(cache, key, value, documents.index)
     segments = own_documents(documents)
