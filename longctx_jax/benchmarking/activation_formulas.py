@@ -4,16 +4,16 @@ Unlike caches and parameters this is an estimate: the compiler decides. What it 
 what is counted, at the widest point of a call (docs/memory_accounting.md has the accuracy):
 
     new cache     the loop over layers writes the caches anew, so a donated cache exists twice
-                  while it runs; but for rings in a call of one token, which are lent (kv_cache.py)
+                  while it runs; of rings, which are lent (kv_cache.py), only the new tokens do
     weights       of one repeat of the pattern, cut out of the stack, in the dtype of products
     layer cache   of one repeat: cut out, and keys (or values) once more in another order (not of
-                  lent rings); twice that where attention goes through blocks of keys
+                  lent rings and one token); more where attention goes through blocks of keys
     activations   rows of one layer's widest half: projections, or the MLP's middle; scores of
                   exact attention twice in float32 (the scores, and their exponentials), and
                   those within chunks of decay and Mamba-2
     output        the output matrix in the dtype of products, for as long as the loop runs
-    other stacks  staggered stacks one after another: their weights and one stack's caches, taken
-                  out of the arrays that hold all stacks
+    other stacks  staggered stacks one after another: their weights and, out of lanes, one stack's
+                  caches, taken out of the arrays that hold all stacks
 
 Numbers of rows are those of the forms that "auto" takes off a GPU.
 """
@@ -74,9 +74,10 @@ def temporary_terms(
     n_cells = n_repeats  # repeats of the pattern in the arrays that a loop over layers walks along
     if is_staggered and (in_lanes or stag.share_weights):
         n_cells = n_repeats // stag.n_stacks
-    lent = 0 if seq_len > 1 else _lent_bytes(config, batch_size, max_len)
+    lent = _lent_bytes(config, batch_size, max_len, seq_len)
+    new_tokens = _lent_bytes(config, batch_size, seq_len, seq_len)
     terms = {
-        "new_cache": _cache_copies(config, program) * (cache - lent),
+        "new_cache": _cache_copies(config, program) * (cache - lent) + new_tokens,
         "weights": layer_numbers // n_cells * number_bytes(config),
         "layer_cache": _layer_cache(config, cache, lent, seq_len, max_len) // n_repeats,
         "activations": batch_size * _widest(config, seq_len, max_len),
@@ -89,7 +90,8 @@ def temporary_terms(
         terms["layer_cache"] = (cache - cross) // stag.n_stacks
     elif is_staggered:
         weights = 0 if stag.share_weights else layer_numbers * number_bytes(config)
-        terms["other_stacks"] = weights + cache // stag.n_stacks
+        lane = cache // stag.n_stacks if decodes_in_lanes(config) else 0
+        terms["other_stacks"] = weights + lane
     if program == "loop" and config.dtype != "float32":
         terms["output"] = config.d_model * config.vocab_size * number_bytes(config)
     return terms
@@ -140,11 +142,11 @@ def _cache_copies(config: ModelConfig, program: str) -> int:
     return copies
 
 
-def _lent_bytes(config: ModelConfig, batch_size: int, max_len: int) -> int:
-    """Returns the bytes of the rings that a call of one token reads in place."""
+def _lent_bytes(config: ModelConfig, batch_size: int, max_len: int, seq_len: int) -> int:
+    """Returns the bytes of the rings that a call of seq_len tokens reads where they lie."""
     stag = config.stagformer
     is_staggered = config.name == "stagformer"
-    if config.recurrence != "none":
+    if config.recurrence != "none" or 0 < config.segment_len < seq_len:
         return 0
     mixers = [mixer_kind(config, kind) for kind in config.pattern]
     rings = [sum(layer_terms(config, m, max_len).values()) for m in mixers if m in RING_MIXERS]
@@ -156,11 +158,11 @@ def _lent_bytes(config: ModelConfig, batch_size: int, max_len: int) -> int:
 
 def _layer_cache(config: ModelConfig, cache: int, lent: int, seq_len: int, max_len: int) -> int:
     """Returns the bytes of all repeats' caches while the model is at work on them."""
-    resliced = RESLICED
+    resliced, of_lent = RESLICED, 1.0 if seq_len == 1 else RESLICED
     capacity = max((_ring_len(config, kind, max_len) for kind in config.pattern), default=0)
     if seq_len > 1 and min(seq_len, capacity - 1) * capacity > DENSE_MAX_SCORES:
-        resliced *= 2
-    return int(resliced * (cache - lent)) + lent
+        resliced, of_lent = 2 * RESLICED, 1.5 * RESLICED
+    return int(resliced * (cache - lent) + of_lent * lent)
 
 
 def _ring_len(config: ModelConfig, kind: str, max_len: int) -> int:

@@ -297,8 +297,8 @@ def run_segments(
     segment_len = min(config.segment_len or _default_segment_len(config, seq), seq)
     n_full = seq // segment_len
     wanted_back = caches is not None
-    before = caches
-    if wanted_back and seq == 1:
+    before, is_one_segment = caches, segment_len == seq
+    if wanted_back and is_one_segment:  # nobody needs the new caches before all layers are done
         caches = lend(caches)
     if caches is None and segment_len < seq:
         caches = make_caches()
@@ -333,7 +333,7 @@ def run_segments(
         (last, *_), caches, tail_aux = run(tail, caches, n_full)
         y = jnp.concatenate([y, last[0]], axis=1)
         aux = jax.tree.map(jnp.add, aux, tail_aux)
-    if wanted_back and seq == 1:
+    if wanted_back and is_one_segment:
         caches = settle(before, caches)
     return y, caches if wanted_back else None, aux
 

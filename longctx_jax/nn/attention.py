@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Aux, Documents, no_aux
-from longctx_jax.nn.kv_cache import KVCache, NewToken, cached_attention, init_kv_cache
+from longctx_jax.nn.kv_cache import KVCache, NewTokens, cached_attention, init_kv_cache
 from longctx_jax.nn.mlp import dense
 from longctx_jax.nn.norms import EPS, RMSNorm
 from longctx_jax.ops.position import UNSCALED, DistanceBias, RotaryScaling, rotate
@@ -47,7 +47,7 @@ class SoftmaxAttention(nn.Module):
         *,
         layer: jax.Array | None = None,
         train: bool,
-    ) -> tuple[jax.Array, KVCache | NewToken | None, Aux]:
+    ) -> tuple[jax.Array, KVCache | NewTokens | None, Aux]:
         """Maps [batch, seq, d_model] to the same; `cache` None = empty and not wanted back."""
         del layer, train
         query = self._heads(x, "query", self.n_heads, self.d_key)

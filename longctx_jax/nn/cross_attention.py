@@ -17,7 +17,7 @@ from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.kv_cache import (
     KVCache,
-    NewToken,
+    NewTokens,
     attend_ring,
     cached_attention,
     extend,
@@ -102,7 +102,7 @@ class CrossHalf(nn.Module):
         documents: Documents | None,
         *,
         train: bool = False,
-    ) -> tuple[jax.Array, KVCache | NewToken | MemoryRing | None]:
+    ) -> tuple[jax.Array, KVCache | NewTokens | MemoryRing | None]:
         """Maps [batch, seq, d_model] to the same; memory has one row a token.
 
         Args:

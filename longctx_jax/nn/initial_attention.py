@@ -22,7 +22,7 @@ import numpy as np
 
 from longctx_jax.nn.contract import Aux, Documents, no_aux, own_documents
 from longctx_jax.nn.initial_memory import Counts, IdRing, KeyMemory, RowRing, slot_positions
-from longctx_jax.nn.kv_cache import KVCache, NewToken, attend_ring, cached_attention, extend
+from longctx_jax.nn.kv_cache import KVCache, NewTokens, attend_ring, cached_attention, extend
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.ops.attention import (
     NEVER,
@@ -148,7 +148,7 @@ class InitialAttention(nn.Module):
         *,
         layer: jax.Array | None = None,
         train: bool,
-    ) -> tuple[jax.Array, KVCache | NewToken | None, Aux]:
+    ) -> tuple[jax.Array, KVCache | NewTokens | None, Aux]:
         """Maps [batch, n, d_model] to the same, and this layer's cache to the one after the call.
 
         Args:

@@ -5,10 +5,10 @@ so the visibility rule of `ops/attention.py` is the only mask. One cache serves 
 (capacity = the longest context wanted) and sliding windows (capacity = window). A stream longer
 than the capacity keeps going: attention then sees the last `capacity` tokens, at any split.
 
-A loop over layers that gave back a whole ring a layer would copy the rings at every token. So a
-stack lends its rings (`lend`): a call of one token then hands back what is to be appended, a
-`NewToken`, and the stack writes those of all layers in place (`settle`). A token's memory traffic
-is one reading of the rings then. Heads come before slots, so that a head's keys are one matrix.
+A loop over layers that gave back a whole ring a layer would copy the rings at every call, at every
+token when decoding. So a stack lends its rings (`lend`): attention then hands back what is to be
+appended, `NewTokens`, and the stack writes those of all layers in place (`settle`). The memory
+traffic of a token is one reading of the rings. Heads come before slots: a head's keys are a matrix.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ class KVCache:
 
 
 @flax.struct.dataclass
-class NewToken:
-    """What one token adds to a ring."""
+class NewTokens:
+    """What a call adds to a ring."""
 
-    key: jax.Array  # [batch, 1, kv_heads, key]
-    value: jax.Array  # [batch, 1, kv_heads, value]
-    document: jax.Array  # int32 [batch, 1]
+    key: jax.Array  # [batch, seq, kv_heads, key]
+    value: jax.Array  # [batch, seq, kv_heads, value]
+    documents: jax.Array  # int32 [batch, seq]
 
 
 def init_kv_cache(
@@ -103,11 +103,6 @@ def extend(cache: KVCache, key: jax.Array, value: jax.Array, documents: jax.Arra
     )
 
 
-def append(cache: KVCache, token: NewToken) -> KVCache:
-    """Returns the cache after one more token."""
-    return extend(cache, token.key, token.value, token.document)
-
-
 def lend(caches: Any) -> Any:
     """Returns a tree of caches whose rings will be settled: see the head of this file."""
     return _map_rings(lambda ring: dataclasses.replace(ring, is_lent=True), caches)
@@ -118,16 +113,16 @@ def settle(before: Any, after: Any) -> Any:
 
     Args:
         before: the caches that were lent, with any leading axes.
-        after: what came back for them: a NewToken or a ring in the place of each.
+        after: what came back for them: NewTokens or a ring in the place of each.
     """
 
-    def take_back(ring: KVCache, new: NewToken | KVCache) -> KVCache:
+    def take_back(ring: KVCache, new: NewTokens | KVCache) -> KVCache:
         if isinstance(new, KVCache):
             return dataclasses.replace(new, is_lent=False)
-        write = append
+        write = extend
         for _ in range(ring.key.ndim - 4):
             write = jax.vmap(write)
-        return write(ring, new)
+        return write(ring, new.key, new.value, new.documents)
 
     return _map_rings(take_back, before, after)
 
@@ -152,7 +147,7 @@ def cached_attention(
     window_len: int,
     relative_bias: DistanceBias | None,
     implementation: str,
-) -> tuple[jax.Array, KVCache | NewToken | None]:
+) -> tuple[jax.Array, KVCache | NewTokens | None]:
     """Attends over the cached and the new tokens, and appends the new ones.
 
     Args:
@@ -167,8 +162,8 @@ def cached_attention(
         implementation: for the new tokens among themselves.
 
     Returns:
-        out [batch, seq, heads, value], and the extended cache; of one token and a lent ring, what
-        is to be appended to it.
+        out [batch, seq, heads, value], and the extended cache; of a lent one, what is to be
+        appended to it.
     """
     if cache is None:
         out = attention(
@@ -184,14 +179,15 @@ def cached_attention(
     assert documents is not None
     seq, capacity = query.shape[1], cache.capacity
     positions = cache.position[:, None] + jnp.arange(seq, dtype=jnp.int32)
+    if cache.is_lent:
+        kept: Any = NewTokens(key, value, documents.index)
+    else:
+        kept = extend(cache, key, value, documents.index)
     if seq == 1:
         old = attend_ring(query, cache, positions, documents.index, relative_bias)
         new = attention_to_self(query, key, value, relative_bias=relative_bias)
-        out = merge_partial_attention(new, old).out
-        token = NewToken(key, value, documents.index)
-        return out, token if cache.is_lent else append(cache, token)
+        return merge_partial_attention(new, old).out, kept
 
-    extended = extend(cache, key, value, documents.index)
     segments = own_documents(documents)
     own = attention_partial(
         query,
@@ -205,7 +201,7 @@ def cached_attention(
     )
     n_reaching = min(seq, capacity - 1)  # later queries are too far from every cached token
     if n_reaching == 0:
-        return own.out, extended
+        return own.out, kept
     near = Partial(own.out[:, :n_reaching], own.log_normalizer[:, :n_reaching])
 
     def attend(_):
@@ -219,7 +215,7 @@ def cached_attention(
 
     old = jax.lax.cond(jnp.any(cache.position > 0), attend, lambda _: empty_partial(near), None)
     out = merge_partial_attention(near, old).out
-    return jnp.concatenate([out, own.out[:, n_reaching:]], axis=1), extended
+    return jnp.concatenate([out, own.out[:, n_reaching:]], axis=1), kept
 
 
 def attend_ring(

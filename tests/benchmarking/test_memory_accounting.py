@@ -42,7 +42,7 @@ CASES["armt_among_others"] = {"pattern": ("armt", "softmax"), "memory": MEMORY |
 for variant, stag in STAGGERED.items():
     sizes = {"n_layers": 2 * stag.get("n_stacks", 2), "n_kv_heads": 1}
     CASES[f"stagformer_{variant}"] = {"name": "stagformer", **sizes, "stagformer": stag}
-PREFILL_TOLERANCES = {"vq": 0.35, "rmt": 0.35, "stagformer": 0.35, "stagformer_in_turns": 0.45}
+PREFILL_TOLERANCES = {"vq": 0.35, "rmt": 0.35, "stagformer": 0.35}
 NEAR = {"memory_position": "none", "score_position": "near"}
 INITIAL = {
     "kv": {"cache": "kv"},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.contract import Documents, advance_documents
-from longctx_jax.nn.kv_cache import KVCache, NewToken, extend, init_kv_cache, lend, settle
+from longctx_jax.nn.kv_cache import KVCache, NewTokens, extend, init_kv_cache, lend, settle
 from longctx_jax.ops.attention import NEVER
 from tests.helpers import make_normal, random_variables, sub_jaxprs
 
@@ -84,7 +84,7 @@ def test_a_lent_ring_is_settled_to_the_extended_one():
         now = x[:, t : t + 1], Documents(documents.index[:, t : t + 1], None)
         _, extended = step(ring, *now)
         out, token = step(lend({"a": ring})["a"], *now)
-        assert isinstance(token, NewToken)
+        assert isinstance(token, NewTokens)
         np.testing.assert_allclose(out[:, 0], whole[:, t], rtol=1e-5, atol=1e-6)
         stacked = jax.tree.map(lambda leaf: leaf[None], (ring, token))
         settled = jax.tree.map(lambda leaf: leaf[0], settle(*stacked))
