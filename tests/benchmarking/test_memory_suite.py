@@ -48,6 +48,7 @@ def test_picture_shows_every_cell_once_and_what_idles(sizes):
     assert draw_schedule(*sizes).axes
 
 
+@pytest.mark.slow
 def test_both_orders_have_one_memory_and_it_is_at_work():
     sizes = memory_suite.setting("cpu", Limits(is_quick=True))
     models = memory_suite.make_models(sizes, memory_suite.SMALL, 8)

@@ -51,6 +51,7 @@ def setting():
     return model, params, batch | {"weights": np.ones((BATCH, SEQ), np.float32)}
 
 
+@pytest.mark.slow
 def test_loss_gradient_and_update_agree(setting):
     model, params, batch = setting
     config = base.optim_config()

@@ -43,7 +43,10 @@ def test_every_row_teaches_the_memory(name):
         assert min(rows) >= 2 * config.model.memory.segment_len
 
 
-@pytest.mark.parametrize("name", ["decay_quality", "vq_quality", "inattention_quality"])
+@pytest.mark.parametrize(
+    "name",
+    ["decay_quality", pytest.param("vq_quality", marks=pytest.mark.slow), "inattention_quality"],
+)
 def test_a_quality_sweep_compares_equal_sizes(name):
     """Trained parameters: codebooks are state."""
     sizes = []

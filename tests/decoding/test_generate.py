@@ -13,7 +13,10 @@ from tests.tiny import tiny_config
 GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture(scope="module", params=["transformer", "decay", "pattern"])
+@pytest.fixture(
+    scope="module",
+    params=["transformer", "decay", pytest.param("pattern", marks=pytest.mark.slow)],
+)
 def model_and_variables(request):
     fields = {"model__name": request.param, "model__vocab_size": 13}
     if request.param == "pattern":
@@ -45,6 +48,7 @@ def test_prompts_of_different_lengths_do_not_see_their_padding(model_and_variabl
         assert alone[0].tolist() == row.tolist()
 
 
+@pytest.mark.slow
 def test_prompts_of_a_segment_recurrent_model_keep_their_segments():
     """Each row, and its draws, are those of the prompt alone: padding must not move its segments.
 

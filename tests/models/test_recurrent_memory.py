@@ -267,8 +267,9 @@ def test_truncation_truncates(name, call, every):
     assert first_reached(name, every, n_before, n_tokens) == (third if every == 2 else 0)
 
 
+@pytest.mark.slow
 @in_float64
-@pytest.mark.parametrize("lengths", slow_but((), [(), (13,), (7, 5, 1)]), ids=str)
+@pytest.mark.parametrize("lengths", [(), (13,), (7, 5, 1)], ids=str)
 def test_a_cache_with_room_for_the_tokens_is_large_enough(lengths):
     """Memory tokens push none of them out of the cache of a layer of full attention."""
     model, variables = make("armt", pattern=("softmax", "armt"))
@@ -303,8 +304,9 @@ def keys_of_blocks(model, variables, tokens, cache, monkeypatch):
     return keys
 
 
-@pytest.mark.parametrize("call", slow_but("cached", CALLS))
-@pytest.mark.parametrize("name", slow_but("mixed", MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MODELS)
 def test_no_two_cells_drop_alike(name, call, monkeypatch):
     model, variables = make(name, dropout=0.5, dtype="float32")
     n_before, n_tokens, _ = CALLS[call]

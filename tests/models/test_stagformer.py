@@ -319,6 +319,7 @@ def test_the_recurrent_approximation_starts_exact_and_then_sees_itself():
         assert (np.max(np.abs(expected - exact[t])) < 1e-12) == (t == n_prompt)
 
 
+@pytest.mark.slow
 def test_prompts_of_recurrent_models_do_not_depend_on_their_pieces():
     """A piece of one token is part of the prompt, not decoded."""
     model, variables = make("passes", "float32")
@@ -332,6 +333,7 @@ def test_prompts_of_recurrent_models_do_not_depend_on_their_pieces():
     assert np.array_equal(whole[:, :2], exact[:, :2])
 
 
+@pytest.mark.slow
 def test_codebooks_of_all_stacks_learn():
     """Own weights have own codebooks; shared ones are fed by every pass."""
     changes = {"pattern": ("vq",), "vq": {"codebook_size": 5, "window_len": 4}}
@@ -349,6 +351,7 @@ def test_codebooks_of_all_stacks_learn():
         assert np.all(np.isfinite(list(model.describe_model_state(new).values())))
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_stacks_not_between_calls():
     """Passes of shared weights whose memory is zero do the same, but for what they drop."""
     model, variables = make("add", "float32", dropout=0.5)
@@ -368,7 +371,9 @@ def test_dropout_differs_between_stacks_not_between_calls():
     assert jnp.mean(jnp.abs(outputs(train=True, seed=1)[0] - below)) > 0.1
 
 
-@pytest.mark.parametrize("name", ["separate", "memory", "control"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("separate", marks=pytest.mark.slow), "memory", "control"]
+)
 def test_rows_of_a_cache_split_and_merge(name):
     model, variables = make(name, "float32")
     cache = model.apply(variables, TOKENS, model.init_cache(BATCH, SEQ)).cache

@@ -202,6 +202,7 @@ def test_each_layer_takes_its_own_decay():
     assert not np.allclose(third, run(alone, None), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_gated_decay_starts_at_retnet_and_depends_on_the_token():
     mixer, x = make_decay(kind="gated"), jnp.float32(make_normal(0, 1, 6, D_MODEL))
     fresh = jax.jit(lambda: mixer.init(KEY, x, None, None, train=False)["params"])()

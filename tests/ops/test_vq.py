@@ -88,7 +88,7 @@ def is_slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-RULES = ({}, {"grad_through_cache": False}, {"use_table": False})
+RULES = ({}, is_slow({"grad_through_cache": False}), is_slow({"use_table": False}))
 BLOCKS = (is_slow(1), 4, is_slow(5), is_slow(8), is_slow(22), is_slow(SEQ), is_slow(64))
 
 
@@ -156,6 +156,7 @@ def test_extreme_scores_are_finite(size):
     assert all(np.isfinite(x).all() for x in (out, *gradients))
 
 
+@pytest.mark.slow
 @in_float64
 def test_far_keys_get_no_gradient_and_near_ones_the_straight_through():
     query, key, value, bias, codebook = make_inputs()
@@ -381,7 +382,7 @@ def by_hand(codes, value, documents, row):
     return count, total / np.maximum(count, 1)[..., None]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", [is_slow("serial"), "matmul", is_slow("associative")])
 @in_float64
 def test_tables_count_the_last_document(reduction):
     codes, value, documents = make_blocks()

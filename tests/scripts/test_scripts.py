@@ -298,6 +298,7 @@ def test_the_command_line_shows_one_paragraph(trained, tmp_path):
         assert all(text in paragraph for text in texts), paragraph
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(trained):
     done = script("evaluate", f"--workdir={trained}", "--step=4", "--debug", check=False)
     assert done.returncode != 0 and "Traceback" in done.stderr

@@ -90,7 +90,9 @@ def test_ten_and_ten_are_twenty(undisturbed, tmp_path, splits):
     assert seconds == sorted(seconds)  # a resumed run counts on
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_rest_is_the_same(undisturbed, tmp_path, splits, number):
     def stop(step):
         if step == 7:
@@ -271,6 +273,7 @@ def test_evaluation_runs_when_asked(tmp_path, splits):
     assert [r["step"] for r in records if "eval/bits_per_byte" in r] == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_profiler_window(tmp_path, splits):
     run(tmp_path, splits, train__profile_start=2, train__profile_steps=1, train__n_steps=4)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

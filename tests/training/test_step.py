@@ -51,7 +51,11 @@ def run(model, tx, state, n=2, **options):
     return state, metrics
 
 
-@pytest.mark.parametrize("options", [{"n_microbatches": 2}, {"loss_chunk_len": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"n_microbatches": 2}, pytest.param({"loss_chunk_len": 5}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_pieces_do_not_change_the_update(options):
     whole, whole_metrics = run(*start())
     pieces, metrics = run(*start(), **options)
@@ -94,7 +98,7 @@ def test_an_update_whose_draws_do_not_count_has_no_gradient():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("name", ["transformer", "decay"])
+@pytest.mark.parametrize("name", ["transformer", pytest.param("decay", marks=pytest.mark.slow)])
 def test_the_cache_crosses_windows(name):
     model, tx, state = start(name, cache_len=100, learning_rate=0.0)
     variables = jax.tree.map(jnp.copy, state.variables)
@@ -110,6 +114,7 @@ def test_the_cache_crosses_windows(name):
         assert m["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_carried_cache_every_window_starts_cold():
     model, tx, state = start(cache_len=0, learning_rate=0.0)
     variables = jax.tree.map(jnp.copy, state.variables)
@@ -172,6 +177,7 @@ def test_dropout_differs_between_steps_and_not_between_runs():
     assert float(m1["loss"]) != float(m0["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("segment_len", "is_written"), [(SEQ, False), (SEQ // 2, True)])
 def test_a_mean_of_nothing_is_none(segment_len, is_written):
     """Rows of one segment write nothing into the memory."""
