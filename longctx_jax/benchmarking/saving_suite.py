@@ -39,7 +39,9 @@ def saving_rows(config: Any, limits: Limits) -> Iterator[Row]:
     batch_size, seq_len = suites.train_shape(config, limits)
     case = suites.train_case(config, model, batch_size, seq_len)
     inputs = case.make_inputs(None)
-    state = case.function(*inputs)[0]  # compiles
+    update, fields = timing.compiled(case.function, inputs)
+    fields |= timing.memory_fields(update)
+    state = update(*inputs)[0]
     n_updates = 2 if limits.is_quick else N_UPDATES
 
     def stretch(save: Callable[[Any], None]) -> float:
@@ -49,7 +51,7 @@ def saving_rows(config: Any, limits: Limits) -> Iterator[Row]:
         start = time.perf_counter()
         save(state)
         for _ in range(n_updates):
-            state = case.function(state, inputs[1])[0]
+            state = update(state, inputs[1])[0]
         jax.block_until_ready(state)
         checkpointer.wait()
         return time.perf_counter() - start
@@ -81,6 +83,7 @@ def saving_rows(config: Any, limits: Limits) -> Iterator[Row]:
         "part": "saves",
         "name": model.config.name,
         **suites.shape_fields(model.config, batch_size, seq_len),
+        **fields,
         **speed,
         **suites.speed_fields(speed, batch_size * seq_len, per_token),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),

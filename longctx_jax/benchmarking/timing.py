@@ -156,7 +156,7 @@ class _TooLarge(Exception):
 def _first_run(case: Case, max_bytes: int) -> tuple[Any, Row, Any]:
     """Returns the compiled program, its first fields, and the output of one run."""
     inputs = jax.block_until_ready(case.make_inputs(None))
-    program, fields = _compile(case.function, inputs)
+    program, fields = compiled(case.function, inputs)
     planned = memory_fields(program)["peak_bytes"] if max_bytes else None
     if planned is not None and planned > max_bytes:
         raise _TooLarge(f"its plan holds {planned:,} bytes, more than {max_bytes:,}")
@@ -295,10 +295,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         ]
 
 
-def _compile(function: Any, inputs: tuple) -> tuple[Any, Row]:
+def compiled(function: Any, inputs: tuple) -> tuple[Any, Row]:
+    """Returns the compiled program of a jitted function, and its trace_s and compile_s."""
     start = time.perf_counter()
     lowered = function.lower(*inputs)
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    program = lowered.compile()
     done = time.perf_counter()
-    return compiled, {"trace_s": round(traced - start, 4), "compile_s": round(done - traced, 4)}
+    return program, {"trace_s": round(traced - start, 4), "compile_s": round(done - traced, 4)}

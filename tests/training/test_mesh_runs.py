@@ -21,7 +21,7 @@ CASES = [
     "diagonal+layer",
 ]
 TOLERANCE = 2e-6  # relative, of a loss after three updates
-VQ_TOLERANCE = 3e-4  # a rounding error may move a key to another code
+VQ_TOLERANCE = 2e-3  # after an update: a rounding error may move a key to another code; seen: 4e-4
 
 
 def start(folder, cases, *process, n_devices):
@@ -54,6 +54,7 @@ def require_same(found, alone, cases):
         expected = alone[f"{case.split('+')[0]}+one"]
         tolerance = VQ_TOLERANCE if case.startswith("vq") else TOLERANCE
         assert found[case] == pytest.approx(expected, rel=tolerance), case
+        assert found[case]["1"] == pytest.approx(expected["1"], rel=TOLERANCE), case
 
 
 @pytest.mark.slow
