@@ -152,6 +152,7 @@ def test_random_batches_have_documents_that_only_grow():
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
 
 
+@pytest.mark.slow
 def test_a_save_has_a_price(config):
     config.train.checkpoint_every = 10
     (row,) = saving_suite.saving_rows(config, QUICK)

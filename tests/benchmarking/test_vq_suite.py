@@ -255,6 +255,7 @@ def make_checkout(folder, branch):
     return vq_peers.load(folder)
 
 
+@pytest.mark.slow
 def test_checkouts_of_both_branches_run_in_one_process(tmp_path):
     legacy = make_checkout(tmp_path / "a", "legacy")
     optimized = make_checkout(tmp_path / "b", "optimized")
@@ -327,6 +328,7 @@ def test_what_the_published_layers_cannot_do():
         assert text in vq_peers.unsupported(peer, dataclasses.replace(TINY, **fields))
 
 
+@pytest.mark.slow
 def test_state_of_a_long_context_is_made_up_and_constant():
     size = vq_models.sizes("cpu", QUICK)
     model = vq_models.make_model(size, "shga", "auto")

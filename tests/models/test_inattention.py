@@ -372,6 +372,7 @@ def test_auto_takes_the_smallest_cache_that_saves_work():
     assert choice("default", 4096, n_layers=1) == "kv"  # one layer's keys are as narrow as its rows
 
 
+@pytest.mark.slow
 def test_ragged_prompts_continue_as_alone():
     model, variables = make("default", "embedding", "float32")
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)

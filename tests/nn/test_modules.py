@@ -189,6 +189,7 @@ def test_decays_of_transnormer_fall_with_depth():
     assert np.array_equal(same, np.tile(log_decays("retnet", 4), (3, 1)))
 
 
+@pytest.mark.slow
 def test_each_layer_takes_its_own_decay():
     mixer, x = make_decay(depth="linear", kind="lightning"), jnp.float32(make_normal(0, 1, 5, 8))
     params = init(mixer, x, None, None, train=False)

@@ -124,6 +124,7 @@ def test_gamma_gets_no_gradient_and_the_rest_does():
     assert_close(jax.grad(matrix_total)(features)[0, 0, 0], slope, rel_rms=1e-6)
 
 
+@pytest.mark.slow
 def test_low_precision_features_meet_a_float32_memory():
     features, value, beta, state = make_inputs()
     rounded = [jnp.asarray(a, jnp.bfloat16) for a in (features, value, beta)]
@@ -136,6 +137,7 @@ def test_low_precision_features_meet_a_float32_memory():
     assert memory.associative_read(rounded[0], new).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_composes_and_checks_shapes():
     features, value, beta, _ = make_inputs()
     state = memory.init_memory_state((BATCH,), features.shape[-1], VALUE)

@@ -414,6 +414,7 @@ def test_merging_tables_is_associative():
         )
 
 
+@pytest.mark.slow
 @in_float64
 def test_filing_one_token_is_filing_tokens():
     codes, value, documents = make_blocks()

@@ -120,6 +120,7 @@ def test_the_first_codebook(start, length):
         assert_close(np.var(words) * 2 * 400, 1.0, rel_rms=0.1)
 
 
+@pytest.mark.slow
 def test_a_dead_code_takes_half_of_a_busy_one():
     counts = np.array([[0.1, 40.0, 5, 5, 5, 5, 5], [3.0, 4, 5, 6, 7, 8, 9]])
     old = make_codebook(counts)
@@ -133,6 +134,7 @@ def test_a_dead_code_takes_half_of_a_busy_one():
     assert_close(words[0, 2:], before[0, 2:], rel_rms=1e-7)
 
 
+@pytest.mark.slow
 def test_reseeding_takes_a_leading_axis():
     counts = np.array([[0.1, 40.0, 5, 5, 5, 5, 5], [3.0, 4, 5, 6, 7, 8, 9]])
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), make_codebook(counts))

@@ -260,6 +260,7 @@ def test_impossible_settings_name_the_field(fields, tmp_path, splits):
         run(tmp_path, splits, **fields)
 
 
+@pytest.mark.slow
 def test_evaluation_runs_when_asked(tmp_path, splits):
     seen = []
 

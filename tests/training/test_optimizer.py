@@ -47,6 +47,7 @@ def params():
     }
 
 
+@pytest.mark.slow
 def test_decay_acts_on_stacked_matrices_only():
     mask = is_matrix(params())
     assert mask["stack"]["0_softmax"]["query"]["kernel"]

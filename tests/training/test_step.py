@@ -126,6 +126,7 @@ def test_without_a_carried_cache_every_window_starts_cold():
     assert metrics[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_carried_cache_starts_empty_every_so_many_updates():
     options = {"cold_start_every": 2, "cache_len": 2 * SEQ}
     model, tx, state = start(learning_rate=0.0, cache_len=2 * SEQ)
@@ -142,6 +143,7 @@ def test_the_carried_cache_starts_empty_every_so_many_updates():
             assert metrics[first + i]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_lags_behind():
     model, tx, state = start(use_ema=True)
     first = jax.tree.map(np.asarray, state.params)
