@@ -82,6 +82,22 @@ def test_rules_come_in_order_and_axes_that_do_not_divide_are_left_out():
     assert mlp["up"]["kernel"] == P(None, "data", None)
 
 
+def test_no_axis_is_spread_over_devices_that_do_not_divide_it():
+    config = make_config(mesh__fsdp="on", mesh__data=2, model__d_ff=990, model__vocab_size=259)
+    plan = make_plan(config, 8)  # two by four; 990 and 259 are no multiples of four
+    params = plan.layout.specs(plan.shapes).params
+    assert params["stack"]["0_softmax"]["mlp"]["gate"]["kernel"] == P(None, "data", None)
+    assert params["embed"]["table"] == P(None, "data")
+    sizes = {"data": 2, "model": 4, None: 1}
+    for leaf, spec in zip(
+        jax.tree.leaves(plan.shapes.params),
+        jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, P)),
+        strict=True,
+    ):
+        axes = [*spec, *[None] * (leaf.ndim - len(spec))]
+        assert all(n % sizes[axis] == 0 for n, axis in zip(leaf.shape, axes, strict=True))
+
+
 def test_moments_lie_with_their_parameters():
     plan = make_plan(make_config(mesh__fsdp="on"), 8)
     specs = plan.layout.specs(plan.shapes)
