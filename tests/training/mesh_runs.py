@@ -23,7 +23,11 @@ from tests.tiny import tiny_config
 SCHEMES = {
     "transformer": {"name": "transformer"},
     "dropout": {"name": "transformer", "dropout": 0.1},
-    "vq": {"name": "transformer_vq", "vq": {"codebook_size": 8, "window_len": 4}},
+    "vq": {
+        "name": "transformer_vq",
+        "dtype": "float64",
+        "vq": {"codebook_size": 8, "window_len": 4},
+    },
     "decay": {"name": "decay"},
     "armt": {
         "name": "recurrent_memory",
@@ -41,6 +45,7 @@ SCHEMES = {
 }
 MESHES = {
     "one": {},
+    "parts": {},  # one device, segments as long as the parts of "sequence"
     "data": {"data": 0},
     "fsdp": {"fsdp": "on"},
     "model": {"data": 2, "model": 0, "fsdp": "on"},
@@ -61,6 +66,8 @@ def case_config(scheme: str, mesh: str, **fields):
     with config.unlocked():
         config.model.update(SCHEMES[scheme])
         config.mesh.update(MESHES[mesh])
+        if mesh == "parts":
+            config.model.segment_len = config.data.seq_len // MESHES["sequence"]["sequence"]
     return config
 
 
@@ -94,7 +101,8 @@ def main(folder: str, cases: str, process: str = "", port: str = "") -> None:
     found = {"devices": jax.device_count(), "processes": jax.process_count()}
     for case in cases.split(","):
         scheme, mesh = case.split("+")
-        found[case] = run_case(pathlib.Path(folder), scheme, mesh)
+        with jax.enable_x64(SCHEMES[scheme].get("dtype") == "float64"):
+            found[case] = run_case(pathlib.Path(folder), scheme, mesh)
     print(json.dumps(found))
 
 
