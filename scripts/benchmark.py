@@ -56,6 +56,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of the suite that the flags ask for."""
     from configs.llama_armt import SHAPES
     from longctx_jax.benchmarking import (
+        cache_suite,
         decay_suite,
         decode_suite,
         initial_suite,
@@ -104,6 +105,7 @@ def measure(config: Any) -> Iterator[dict[str, Any]]:
             "mixers": functools.partial(decode_suite.decode_rows, config, limits),
             "stacks": functools.partial(stack_suite.stack_rows, limits, shapes),
             "initial": functools.partial(initial_suite.initial_rows, limits, shapes),
+            "attention": functools.partial(cache_suite.cache_rows, limits),
         }
         return itertools.chain.from_iterable(rows[part]() for part in parts)
     if suite == "decay":

@@ -2,7 +2,8 @@
 
 Both functions are what `decoding.generate` runs, with greedy draws: the prompt in pieces of
 PREFILL_LEN tokens, then one compiled loop of one-token calls. A test compares tokens with generate.
-Not here: the parts "stacks" (`stack_suite.py`) and "initial" (`initial_suite.py`).
+Not here: the parts "stacks" (`stack_suite.py`), "initial" (`initial_suite.py`) and "attention"
+(`cache_suite.py`).
 """
 
 import functools
@@ -25,7 +26,7 @@ from longctx_jax.benchmarking.suites import (
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models.base import Decoder
 
-PARTS = ("mixers", "stacks", "initial")
+PARTS = ("mixers", "stacks", "initial", "attention")
 KINDS = ("softmax", "sliding", "decay")
 PREFILL_LEN = 512  # tokens a call, the default of generate
 CONTEXT_LENS = (256, 1024, 4096, 16384)

@@ -124,7 +124,7 @@ def parse_report(text: str) -> list[dict[str, Any]]:
     """Returns the kernels in a log of `ptxas -v`, each once, XLA's own fusions left out."""
     found = {}
     for match in REPORT.finditer(text):
-        if not re.search("decay|mosaic|vq_", match["kernel"]):
+        if not re.search("decay|mosaic|vq_|flash_decoding", match["kernel"]):
             continue
         numbers = {
             "registers": int(match["registers"]),

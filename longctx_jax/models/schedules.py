@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from longctx_jax.models.diagonal import diagonal, pipeline
 from longctx_jax.models.grid import Cell, Grid, add, leading_axis, zero_aux
 from longctx_jax.models.relay import relay
+from longctx_jax.nn.kv_cache import at_layer, keep_whole
 from longctx_jax.typing import PRNGKey, PyTree
 
 SCHEDULES = ("layerwise", "sequential", "diagonal")
@@ -159,9 +160,11 @@ def _sequential(grid: Grid, x_segments, caches):
 
 def _scan_layers(grid: Grid, layer, x, caches):
     """Applies `layer` along the depth; returns (x, caches, aux), stacked per pattern position."""
+    caches, whole = keep_whole(caches)
 
     def repeat(x, inputs):
         r, params, caches = inputs
+        caches = at_layer(caches, whole, r)
         new_caches, auxes = [], []
         for p in range(grid.pattern_len):
             x, cache, aux = layer(p, params[p], x, caches[p], r * grid.pattern_len + p)

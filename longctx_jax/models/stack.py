@@ -299,7 +299,7 @@ def run_segments(
     wanted_back = caches is not None
     before, is_one_segment = caches, segment_len == seq
     if wanted_back and is_one_segment:  # nobody needs the new caches before all layers are done
-        caches = lend(caches)
+        caches = lend(caches, stays_whole=seq == 1)
     if caches is None and segment_len < seq:
         caches = make_caches()
         if documents is None:

@@ -18,13 +18,14 @@ from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.kv_cache import (
     KVCache,
     NewTokens,
-    attend_ring,
     cached_attention,
     extend,
     init_kv_cache,
 )
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import EPS, make_norm
+from longctx_jax.ops.attention import Keys
+from longctx_jax.ops.cache_attention import Cached, attend_cache
 from longctx_jax.ops.position import UNSCALED, RotaryScaling, rotate
 
 POSITIONS = ("rotary", "none")
@@ -174,10 +175,13 @@ class CrossHalf(nn.Module):
         grouped = query.reshape(batch, seq, n_kv, -1, d_key)
         to_key = to_key.reshape(d_model, n_kv, d_key)
         absorbed = jnp.einsum("btgrk,dgk->btgrd", grouped, to_key).reshape(batch, seq, -1, d_model)
-        rows = ring.with_keys(ring.rows[:, None], ring.rows[:, None])
         positions = ring.position[:, None] - 1
-        partial = attend_ring(
-            absorbed, rows, positions, documents.index, None, scale=self.d_key**-0.5
+        partial = attend_cache(
+            absorbed,
+            Cached(ring.rows[:, None], None, d_model),
+            Keys(positions, ring.slot_positions, documents.index, ring.slot_documents),
+            window_len=ring.rows.shape[1],
+            scale=self.d_key**-0.5,
         )
         found = partial.out.reshape(batch, seq, n_kv, -1, d_model)
         to_value = to_value.reshape(d_model, n_kv, self.d_value)

@@ -32,6 +32,7 @@ from longctx_jax.ops.attention import (
     empty_partial,
     merge_partial_attention,
 )
+from longctx_jax.ops.cache_attention import Cached, attend_cache
 from longctx_jax.ops.position import DistanceBias, RotaryScaling, alibi_slopes, rotate
 from longctx_jax.ops.vocabulary import attend_counts, attend_ids
 from longctx_jax.ops.vq import VQState, vq_attention
@@ -443,11 +444,9 @@ class InitialAttention(nn.Module):
         return jnp.concatenate([absorbed, parts.turned], axis=-1)
 
     def _attend_rows(self, absorbed, rows, slots, parts: "_Parts", sight: Sight) -> Partial:
-        key = rows[:, :, None]
-        return attention_partial(
+        return attend_cache(
             absorbed,
-            key,
-            key[..., : self.d_memory],
+            Cached(rows[:, None], None, self.d_memory),
             Keys(sight.query_positions, slots),
             relative_bias=parts.bias,
             scale=self._scale,

@@ -7,8 +7,10 @@ than the capacity keeps going: attention then sees the last `capacity` tokens, a
 
 A loop over layers that gave back a whole ring a layer would copy the rings at every call, at every
 token when decoding. So a stack lends its rings (`lend`): attention then hands back what is to be
-appended, `NewTokens`, and the stack writes those of all layers in place (`settle`). The memory
-traffic of a token is one reading of the rings. Heads come before slots: a head's keys are a matrix.
+appended, `NewTokens`, and the stack writes those of all layers in place (`settle`). Nor does the
+loop cut the rings into layers when a single token comes (`keep_whole`, `at_layer`): a kernel reads
+a layer's part where it lies. The memory traffic of a token is one reading of the rings. Heads come
+before slots: a head's keys are a matrix.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from longctx_jax.ops.attention import (
     empty_partial,
     merge_partial_attention,
 )
+from longctx_jax.ops.cache_attention import Cached, attend_cache
 from longctx_jax.ops.position import DistanceBias
 
 
@@ -42,6 +45,9 @@ class KVCache:
     slot_documents: jax.Array  # int32 [batch, capacity]
     position: jax.Array  # int32 [batch], of the next token
     is_lent: bool = flax.struct.field(pytree_node=False, default=False)
+    stays_whole: bool = flax.struct.field(pytree_node=False, default=False)  # in loops over layers
+    # Whose ring this is, int32 []; key and value are then those of all layers, [layers, batch, ...]
+    layer: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -103,9 +109,16 @@ def extend(cache: KVCache, key: jax.Array, value: jax.Array, documents: jax.Arra
     )
 
 
-def lend(caches: Any) -> Any:
-    """Returns a tree of caches whose rings will be settled: see the head of this file."""
-    return _map_rings(lambda ring: dataclasses.replace(ring, is_lent=True), caches)
+def lend(caches: Any, *, stays_whole: bool = False) -> Any:
+    """Returns a tree of caches whose rings will be settled: see the head of this file.
+
+    Args:
+        caches: of all layers.
+        stays_whole: whether the loop over layers is to use `keep_whole`. For single tokens: with
+            more of them the copy of a layer's keys is little beside the work on them.
+    """
+    changes = {"is_lent": True, "stays_whole": stays_whole}
+    return _map_rings(lambda ring: dataclasses.replace(ring, **changes), caches)
 
 
 def settle(before: Any, after: Any) -> Any:
@@ -118,13 +131,49 @@ def settle(before: Any, after: Any) -> Any:
 
     def take_back(ring: KVCache, new: NewTokens | KVCache) -> KVCache:
         if isinstance(new, KVCache):
-            return dataclasses.replace(new, is_lent=False)
+            return dataclasses.replace(new, is_lent=False, stays_whole=False)
         write = extend
         for _ in range(ring.key.ndim - 4):
             write = jax.vmap(write)
         return write(ring, new.key, new.value, new.documents)
 
     return _map_rings(take_back, before, after)
+
+
+def keep_whole(caches: Any) -> tuple[Any, list[tuple[jax.Array, jax.Array]]]:
+    """Takes keys and values out of rings that stay whole, before a loop over layers.
+
+    Returns:
+        What the loop may cut into layers, and keys and values in the order of the rings.
+    """
+    whole = []
+
+    def take(ring: KVCache) -> KVCache:
+        if not ring.stays_whole:
+            return ring
+        whole.append((ring.key, ring.value))
+        return dataclasses.replace(ring, key=None, value=None)
+
+    return _map_rings(take, caches), whole
+
+
+def at_layer(caches: Any, whole: list[tuple[jax.Array, jax.Array]], layer: jax.Array) -> Any:
+    """Returns the caches of a layer, cut by a loop, with keys and values of all layers again.
+
+    Args:
+        caches: of the layer.
+        whole: as `keep_whole` returned them.
+        layer: number of the layer in them.
+    """
+    rest = iter(whole)
+
+    def give(ring: KVCache) -> KVCache:
+        if not ring.stays_whole:
+            return ring
+        key, value = next(rest)
+        return dataclasses.replace(ring, key=key, value=value, layer=layer)
+
+    return _map_rings(give, caches)
 
 
 def _map_rings(change, tree, *others):
@@ -159,7 +208,7 @@ def cached_attention(
         documents: of the new tokens, numbered as those in the cache, which needs them.
         window_len: tokens a query sees; 0 = as many as the cache holds.
         relative_bias: as in `attention`.
-        implementation: for the new tokens among themselves.
+        implementation: for the new tokens among themselves; see `attend_ring` for the others.
 
     Returns:
         out [batch, seq, heads, value], and the extended cache; of a lent one, what is to be
@@ -184,7 +233,7 @@ def cached_attention(
     else:
         kept = extend(cache, key, value, documents.index)
     if seq == 1:
-        old = attend_ring(query, cache, positions, documents.index, relative_bias)
+        old = attend_ring(query, cache, positions, documents.index, relative_bias, implementation)
         new = attention_to_self(query, key, value, relative_bias=relative_bias)
         return merge_partial_attention(new, old).out, kept
 
@@ -224,7 +273,7 @@ def attend_ring(
     positions: jax.Array,
     documents: jax.Array,
     relative_bias: DistanceBias | None,
-    scale: float | None = None,
+    implementation: str = "auto",
 ) -> Partial:
     """Attends over what the ring holds.
 
@@ -234,14 +283,14 @@ def attend_ring(
         positions: of the queries, int32 [batch, seq].
         documents: of the queries, numbered as those in the cache, int32 [batch, seq].
         relative_bias: as in `attention`.
-        scale: of the scores; None = 1/sqrt(key width).
+        implementation: of the layer: with "dense" or "blockwise" nothing is left to a kernel.
     """
-    return attention_partial(
+    form = "xla" if implementation in ("dense", "blockwise") else "auto"
+    return attend_cache(
         query,
-        jnp.swapaxes(cache.key, 1, 2).astype(query.dtype),
-        jnp.swapaxes(cache.value, 1, 2).astype(query.dtype),
+        Cached(cache.key, cache.value, cache.value.shape[-1], cache.layer),
         Keys(positions, cache.slot_positions, documents, cache.slot_documents),
         window_len=cache.capacity,
         relative_bias=relative_bias,
-        scale=scale,
+        implementation=form,
     )

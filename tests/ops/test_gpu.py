@@ -12,11 +12,13 @@ from longctx_jax.models import build_model
 from longctx_jax.ops.attention import attention
 from longctx_jax.ops.decay import decay_attention, decay_attention_step, pallas_triton
 from longctx_jax.ops.decay.block import walk_blocks
+from longctx_jax.ops.flash_decoding import attend
 from longctx_jax.ops.vq import blocks as vq_blocks
 from longctx_jax.ops.vq import pallas_triton as vq_kernels
 from longctx_jax.ops.vq.codebook import quantize
 from longctx_jax.ops.vq.table import Table, tables_before_blocks
-from tests.helpers import assert_close, make_normal
+from tests.helpers import assert_close, in_float64, make_normal
+from tests.ops.test_flash_decoding import Case, cast, definition, make_call
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +67,22 @@ def test_gradients_through_a_cache_are_those_of_one_call():
 
 
 KERNELS = ["pallas_triton", "pallas_mosaic_gpu"]
+
+
+@pytest.mark.parametrize("case", [Case(1, 8, 4, 5000, 64, 64, layers=3),
+    Case(3, 1, 32, 4096, 512, 512, is_shared=True, bias="near"),
+    Case(1, 1, 32, 5000, 576, 512, is_shared=True, bias="buckets"),
+    Case(1, 1, 32, 4096, 2048, 2048, is_shared=True, bias="slopes"),
+    Case(2, 1, 20, 1024, 128, 128)], ids=str)  # fmt: skip
+def test_flash_decoding_on_the_device(case):
+    """bfloat16 against float64; hidden keys, whole hidden tiles, rows that are keys and values."""
+    arrays = cast(make_call(case), "bfloat16")
+    layer = jnp.asarray(1) if case.layers else None
+    run = functools.partial(attend, scale=0.3, d_value=case.d_value, layer=layer)
+    found = jax.jit(lambda *a: run(*a, arrays[4]))(*arrays[:4])
+    exact = in_float64(lambda: definition(case, *cast(arrays, np.float64)))()
+    for actual, expected in zip(found, exact, strict=True):
+        assert_close(actual, expected, rel_rms=1e-2)
 
 
 def decay_inputs(kind, dtype, shape=(2, 300, 4, 64), d_value=128):
