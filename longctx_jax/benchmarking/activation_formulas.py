@@ -32,7 +32,7 @@ from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.initial_cache import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import MIXERS, mixer_kind
 from longctx_jax.models.staggered_state import decodes_in_lanes
-from longctx_jax.nn.initial_attention import TILE_LEN
+from longctx_jax.nn.initial_forms import TILE_LEN
 from longctx_jax.ops.attention import DENSE_MAX_SCORES, KEY_BLOCK_LEN, MIN_BAND_LEN
 
 PROGRAMS = ("prefill", "step", "loop")

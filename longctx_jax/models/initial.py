@@ -19,11 +19,8 @@ from longctx_jax.models.initial_cache import choose_cache, d_memory, d_rotary
 from longctx_jax.models.stack import call_module, layer_names, output_scale, rematerialize
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Documents, own_documents
-from longctx_jax.nn.initial_attention import (
-    InitialAttention,
-    SharedProjections,
-    Sight,
-)
+from longctx_jax.nn.initial_attention import InitialAttention, SharedProjections
+from longctx_jax.nn.initial_forms import Sight, project
 from longctx_jax.nn.initial_memory import (
     Counts,
     IdRing,
@@ -327,8 +324,7 @@ class _Run(NamedTuple):
             return extend_counts(before, tokens, place, slopes)
         if before.keys is None:
             return KeyMemory(None, place)
-        mixer: Any = make_block(self.config).mixer
-        key, value = mixer.keys(shared, rows, positions)
+        key, value = project(make_block(self.config).mixer, shared, rows, positions)
         return KeyMemory(extend(before.keys, key, value, documents.index), place)
 
     def _through(self, x, sight: Sight, documents, layers, key):

@@ -25,7 +25,7 @@ from longctx_jax.nn.kv_cache import (
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import EPS, make_norm
 from longctx_jax.ops.attention import Keys
-from longctx_jax.ops.cache_attention import Cached, attend_cache
+from longctx_jax.ops.cache_attention import Cached, attend_cache, without_kernels
 from longctx_jax.ops.position import UNSCALED, RotaryScaling, rotate
 
 POSITIONS = ("rotary", "none")
@@ -182,6 +182,7 @@ class CrossHalf(nn.Module):
             Keys(positions, ring.slot_positions, documents.index, ring.slot_documents),
             window_len=ring.rows.shape[1],
             scale=self.d_key**-0.5,
+            implementation=without_kernels(self.implementation),
         )
         found = partial.out.reshape(batch, seq, n_kv, -1, d_model)
         to_value = to_value.reshape(d_model, n_kv, self.d_value)

@@ -31,7 +31,7 @@ from longctx_jax.ops.attention import (
     empty_partial,
     merge_partial_attention,
 )
-from longctx_jax.ops.cache_attention import Cached, attend_cache
+from longctx_jax.ops.cache_attention import Cached, attend_cache, without_kernels
 from longctx_jax.ops.position import DistanceBias
 
 
@@ -285,12 +285,11 @@ def attend_ring(
         relative_bias: as in `attention`.
         implementation: of the layer: with "dense" or "blockwise" nothing is left to a kernel.
     """
-    form = "xla" if implementation in ("dense", "blockwise") else "auto"
     return attend_cache(
         query,
         Cached(cache.key, cache.value, cache.value.shape[-1], cache.layer),
         Keys(positions, cache.slot_positions, documents, cache.slot_documents),
         window_len=cache.capacity,
         relative_bias=relative_bias,
-        implementation=form,
+        implementation=without_kernels(implementation),
     )

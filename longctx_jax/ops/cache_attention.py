@@ -91,6 +91,11 @@ def attend_cache(
     return chosen.run(query, cached, where, window_len, relative_bias, scale)
 
 
+def without_kernels(implementation: str) -> str:
+    """Returns what a layer's choice for its own tokens means here: "dense" says "xla"."""
+    return "xla" if implementation in ("dense", "blockwise") else "auto"
+
+
 def _xla(query, cached: Cached, where: Keys, window_len, relative_bias, scale) -> Partial:
     """Attention as of any keys, once those of the layer are brought into its order."""
 

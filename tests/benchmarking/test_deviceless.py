@@ -48,7 +48,11 @@ def test_no_assembler_is_said(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kernels", "backends"),
-    [("decay", {"pallas_triton", "pallas_mosaic_gpu"}), ("vq", {"pallas_triton"})],
+    [
+        ("decay", {"pallas_triton", "pallas_mosaic_gpu"}),
+        ("vq", {"pallas_triton"}),
+        ("flash_decoding", {"pallas_triton"}),
+    ],
 )
 def test_committed_report_has_no_spill_above_the_limit(kernels, backends):
     import json

@@ -11,7 +11,7 @@ from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
 from longctx_jax.models import build_model
 from longctx_jax.models.initial_cache import choose_cache
-from longctx_jax.nn import initial_attention
+from longctx_jax.nn import initial_attention, initial_forms
 from longctx_jax.ops.position import relative_bucket
 from tests.helpers import assert_close, assert_trees_close, make_normal
 
@@ -213,13 +213,13 @@ def test_any_split_and_the_last_token_alone(name, cache):
 
 def test_ids_as_codes_of_vector_quantised_attention(monkeypatch):
     """The same numbers from the op of Transformer-VQ, its table full of counts, over documents."""
-    calls, op = [], initial_attention.vq_attention
+    calls, op = [], initial_forms.vq_attention
 
     def counted(query, *rest, **options):
         calls.append(query.shape[1])
         return op(query, *rest, **options)
 
-    monkeypatch.setattr(initial_attention, "vq_attention", counted)
+    monkeypatch.setattr(initial_forms, "vq_attention", counted)
     expected = definition("near")
     with jax.enable_x64(True):
         model, variables = make("near", "counts", options={"implementation": "vq"})
@@ -260,7 +260,7 @@ def test_long_calls_in_segments(name, cache):
 @pytest.mark.parametrize("cache", ["embedding", pytest.param("ids", marks=pytest.mark.slow)])
 def test_a_stream_longer_than_the_cache(cache, monkeypatch):
     """With room for 6 tokens every query sees the last 6, at any split; ids also tile by tile."""
-    monkeypatch.setattr("longctx_jax.nn.initial_attention.TILE_LEN", 4)
+    monkeypatch.setattr("longctx_jax.nn.initial_forms.TILE_LEN", 4)
     with jax.enable_x64(True):
         model, variables = make("default", cache)
 
