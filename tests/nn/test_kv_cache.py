@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from longctx_jax.nn.attention import SoftmaxAttention
 from longctx_jax.nn.contract import Documents, advance_documents
-from longctx_jax.nn.kv_cache import KVCache, NewTokens, extend, init_kv_cache, lend, settle
+from longctx_jax.nn.kv_cache import (
+    KVCache,
+    NewTokens,
+    at_layer,
+    attend_ring,
+    extend,
+    init_kv_cache,
+    keep_whole,
+    lend,
+    settle,
+)
 from longctx_jax.ops.attention import NEVER
 from tests.helpers import make_normal, random_variables, sub_jaxprs
 
@@ -197,3 +207,33 @@ def test_without_ids_the_document_goes_on():
     assert documents.reset is None
     assert np.array_equal(documents.index, [[2, 2, 2], [0, 0, 0]])
     assert np.array_equal(last_id, [4, -1]) and np.array_equal(last_index, [2, 0])
+
+
+def test_a_loop_over_layers_hands_whole_rings_to_each():
+    """As `keep_whole` took them, in order, with the layer number; others stay as they are."""
+
+    def ring(seed):
+        shape = (3, BATCH, 1, CAPACITY, 2)
+        key, value = (make_normal(seed + i, *shape).astype(np.float32) for i in range(2))
+        places = jnp.broadcast_to(jnp.arange(CAPACITY), (3, BATCH, CAPACITY))
+        return KVCache(key, value, places, 0 * places, jnp.full((3, BATCH), CAPACITY))
+
+    first, second, own = ring(0), ring(2), ring(4)
+    lent = lend({"b": second, "a": first}, stays_whole=True) | {"own": own}
+    cut, whole = keep_whole(lent)
+    assert cut["a"].key is None and cut["own"] is own and len(whole) == 2
+    query, at = jnp.ones((BATCH, 1, 1, 2)), jnp.full((BATCH, 1), CAPACITY - 1)
+
+    def layer(_, inputs):
+        number, caches = inputs
+        caches = at_layer(caches, whole, number)
+        assert caches["a"].key.shape == first.key.shape and caches["own"].layer is None
+        outs = [attend_ring(query, caches[name], at, 0 * at, None).out for name in ("a", "b")]
+        return None, outs
+
+    _, found = jax.lax.scan(layer, None, (jnp.arange(3), cut))
+    for ring_of, out in zip((first, second), found, strict=True):
+        for number in range(3):
+            alone = jax.tree.map(lambda leaf, number=number: leaf[number], ring_of)
+            expected = attend_ring(query, alone, at, 0 * at, None).out
+            np.testing.assert_allclose(out[number], expected, rtol=1e-6)
