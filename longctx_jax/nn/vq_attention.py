@@ -22,7 +22,7 @@ from longctx_jax.nn.contract import Aux, Documents, Mean, no_aux
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import RMSNorm
 from longctx_jax.ops.position import sinusoid
-from longctx_jax.ops.vq import VQState, init_vq_state, vq_attention
+from longctx_jax.ops.vq import VQState, init_vq_state, renewed, vq_attention
 from longctx_jax.ops.vq.codebook import (
     Codebook,
     CodeStatistics,
@@ -115,11 +115,14 @@ class VQAttention(nn.Module):
         if self.gate == "silu":
             value = jax.nn.silu(value)
         content_query, bias = self._positions(query, cache is None, train)
+        words = codewords(codebook, self.smoothing)
+        if train and cache is not None:  # what is carried may be older than the last update
+            cache = renewed(cache, words)
         result = vq_attention(
             content_query,
             key,
             value,
-            codewords(codebook, self.smoothing),
+            words,
             cache,
             relative_bias=bias,
             documents=None if documents is None else documents.index,

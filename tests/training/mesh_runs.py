@@ -45,7 +45,6 @@ SCHEMES = {
 }
 MESHES = {
     "one": {},
-    "parts": {},  # one device, segments as long as the parts of "sequence"
     "data": {"data": 0},
     "fsdp": {"fsdp": "on"},
     "model": {"data": 2, "model": 0, "fsdp": "on"},
@@ -66,8 +65,6 @@ def case_config(scheme: str, mesh: str, **fields):
     with config.unlocked():
         config.model.update(SCHEMES[scheme])
         config.mesh.update(MESHES[mesh])
-        if mesh == "parts":
-            config.model.segment_len = config.data.seq_len // MESHES["sequence"]["sequence"]
     return config
 
 

@@ -45,16 +45,12 @@ def result(process):
 def alone(tmp_path_factory):
     """What one device finds."""
     folder = tmp_path_factory.mktemp("alone")
-    return result(
-        start(folder, [*(f"{scheme}+one" for scheme in SCHEMES), "vq+parts"], n_devices=1)
-    )
+    return result(start(folder, [f"{scheme}+one" for scheme in SCHEMES], n_devices=1))
 
 
 def require_same(found, alone, cases):
     for case in cases:
         expected = alone[f"{case.split('+')[0]}+one"]
-        if case == "vq+sequence":  # its gradients stop where segments end, on one device too
-            expected = alone["vq+parts"]
         assert found[case] == pytest.approx(expected, rel=TOLERANCE), case
 
 

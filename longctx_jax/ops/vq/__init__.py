@@ -8,6 +8,6 @@ more; `codebook.py` has how codewords are learned.
 """
 
 from longctx_jax.ops.vq.select import VQOutput, nearest_code, vq_attention
-from longctx_jax.ops.vq.state import VQState, init_vq_state
+from longctx_jax.ops.vq.state import VQState, init_vq_state, renewed
 
-__all__ = ["VQOutput", "VQState", "init_vq_state", "nearest_code", "vq_attention"]
+__all__ = ["VQOutput", "VQState", "init_vq_state", "nearest_code", "renewed", "vq_attention"]

@@ -82,6 +82,17 @@ def init_vq_state(
     )
 
 
+def renewed(state: VQState, codebook: Float[Array, "kv_heads codes key"]) -> VQState:
+    """Returns the state with the ring's keys as the codebook has them now.
+
+    Codewords move between updates, and codes in the table stand for them as they are. A ring that
+    kept the old ones would make results depend on where a call is cut into segments: that is when
+    a key passes from the ring to the table. Gradients reach the keys as before.
+    """
+    now = codebook[jnp.arange(codebook.shape[0]), state.codes].astype(state.key.dtype)
+    return state._replace(key=state.key + jax.lax.stop_gradient(now - state.key))
+
+
 def chronological(state: VQState) -> Tokens:
     """Returns the ring's tokens from the oldest to the newest, empty slots first."""
     window = state.window_len
