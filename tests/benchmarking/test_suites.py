@@ -99,6 +99,7 @@ def test_train_case_continues_from_its_state(config):
     assert again[0] is state and not np.array_equal(again[1]["tokens"], batch["tokens"])
 
 
+@pytest.mark.slow
 def test_prefill_and_loop_draw_what_generate_draws(config, monkeypatch):
     context_len = 11  # two whole pieces and a rest
     monkeypatch.setattr(decode_suite, "PREFILL_LEN", 4)

@@ -258,6 +258,7 @@ CALLS = {  # tokens in front, tokens; the first token of the call's third segmen
 }
 
 
+@pytest.mark.slow
 @in_float64
 @pytest.mark.parametrize("every", slow_but(2, (2, 3)))
 @pytest.mark.parametrize("call", slow_but("unfinished", CALLS))

@@ -38,7 +38,7 @@ VARIANTS = {
     "add": {"handoff": "add", "share_weights": True},
     "control": {"stagger": False},
 }
-FAST = ("separate", "shared", "linear_map", "memory")
+FAST = ("separate", "shared")
 
 
 def variants(names=tuple(VARIANTS), fast=FAST):
@@ -296,6 +296,7 @@ def test_gradients_reach_every_parameter_of_both_stacks():
         assert all(jnp.any(lane != 0) for lane in lanes), path
 
 
+@pytest.mark.slow
 @in_float64
 def test_the_recurrent_approximation_starts_exact_and_then_sees_itself():
     model, variables = make("passes")
@@ -371,9 +372,8 @@ def test_dropout_differs_between_stacks_not_between_calls():
     assert jnp.mean(jnp.abs(outputs(train=True, seed=1)[0] - below)) > 0.1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("separate", marks=pytest.mark.slow), "memory", "control"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["separate", "memory", "control"])
 def test_rows_of_a_cache_split_and_merge(name):
     model, variables = make(name, "float32")
     cache = model.apply(variables, TOKENS, model.init_cache(BATCH, SEQ)).cache

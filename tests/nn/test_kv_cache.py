@@ -77,6 +77,7 @@ def test_rows_stand_at_their_own_positions():
     assert np.array_equal(cache.position, [2, 9])
 
 
+@pytest.mark.slow
 def test_a_lent_ring_is_settled_to_the_extended_one():
     mixer = make_mixer(4)
     x = jnp.asarray(make_normal(0, BATCH, 9, 6), jnp.float32)

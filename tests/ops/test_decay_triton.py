@@ -85,7 +85,7 @@ def test_walk_in_bfloat16():
     assert_trees_close(actual, expected, rel_rms=5e-3)  # seen: 3e-3
 
 
-@pytest.mark.parametrize("kind", ["constant", "per_token"])
+@pytest.mark.parametrize("kind", ["constant", pytest.param("per_token", marks=pytest.mark.slow)])
 def test_gradients(kind):
     (q, k, v, decay, state), reset, _ = make_walk("everything" if kind == "per_token" else "chunk")
     cotangents = jnp.float32(make_normal(5, 2, *q.shape[1:2], 4, v.shape[3])), 0.5 * state
@@ -111,6 +111,7 @@ def test_gradients(kind):
     assert_trees_close(actual[1], expected[1], rel_rms=1e-5)  # seen: 2e-6, the decay's
 
 
+@pytest.mark.slow
 def test_gradient_through_vmap_without_a_state():
     q, k, v = (jnp.float32(make_normal(i, 3, 1, 40, 2, 16)) for i in range(3))
     decay = -jnp.float32([[0.1, 0.0], [0.2, 0.01], [1.0, 0.3]])

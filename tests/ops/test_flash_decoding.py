@@ -121,6 +121,7 @@ def test_kernel_is_dense_attention(name, small_tiles):
         assert_close(actual, expected, rel_rms=tolerance)
 
 
+@pytest.mark.slow
 def test_nothing_visible_is_a_neutral_result(small_tiles):
     case = Case(batch=1, kv_heads=1, keys=20)
     query, key, value, distance, _ = cast(make_call(case), np.float32)

@@ -382,7 +382,9 @@ def by_hand(codes, value, documents, row):
     return count, total / np.maximum(count, 1)[..., None]
 
 
-@pytest.mark.parametrize("reduction", [is_slow("serial"), "matmul", is_slow("associative")])
+@pytest.mark.parametrize(
+    "reduction", [is_slow("serial"), is_slow("matmul"), is_slow("associative")]
+)
 @in_float64
 def test_tables_count_the_last_document(reduction):
     codes, value, documents = make_blocks()

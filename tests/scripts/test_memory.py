@@ -34,6 +34,7 @@ def test_a_wrong_command_line_is_one_paragraph(refused, line):
     assert done.stderr.startswith("error: ") and MISTAKES[line] in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_models_side_by_side(tmp_path):
     out, plot = tmp_path / "rows.jsonl", tmp_path / "memory.png"
     flags = ["--schemes=decay", "--compare=configs/quickstart.py", "--contexts=256,1024"]

@@ -111,6 +111,7 @@ def test_a_signal_saves_and_the_rest_is_the_same(undisturbed, tmp_path, splits, 
     assert losses == expected
 
 
+@pytest.mark.slow
 def test_a_crash_loses_only_the_steps_since_the_checkpoint(undisturbed, tmp_path, splits):
     options = OPTIONS | {"train__checkpoint_every": 5, "data__n_workers": 1}
 
@@ -210,7 +211,8 @@ def test_memory_goes_around_trained_weights(undisturbed, tmp_path, splits):
     assert not np.any(mine.params["memory"]["layers"]["0_armt"]["value"]["kernel"])
 
 
-@pytest.mark.parametrize("segment_len", (16, pytest.param(8, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("segment_len", (16, 8))
 def test_a_metric_of_nothing_is_not_written(segment_len, tmp_path, splits):
     memory = {"n_memory_tokens": 2, "d_memory": 4, "segment_len": segment_len}
     fields = {f"model__memory__{name}": value for name, value in memory.items()}

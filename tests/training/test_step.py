@@ -65,9 +65,8 @@ def test_pieces_do_not_change_the_update(options):
     assert metrics[1]["grad_norm"] == pytest.approx(whole_metrics[1]["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["inattention", pytest.param("transformer", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inattention", "transformer"])
 def test_the_loss_of_some_positions(name):
     """The same for all rows, drawn anew each update; a third of the tokens count."""
     model, tx, state = start(name, cache_len=0, learning_rate=0.0)
@@ -87,6 +86,7 @@ def test_the_loss_of_some_positions(name):
     assert metrics[0]["loss"] != metrics[1]["loss"]
 
 
+@pytest.mark.slow
 def test_an_update_whose_draws_do_not_count_has_no_gradient():
     model, tx, state = start("inattention", cache_len=0)
     train_step = make_train_step(model, tx, loss_positions=2)
@@ -164,6 +164,7 @@ def test_cache_rows_split_and_merge_in_order():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_steps_and_not_between_runs():
     options = {"model__dropout": 0.5, "optim__learning_rate": 0.0}
     del options["optim__learning_rate"]
