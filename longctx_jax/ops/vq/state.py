@@ -86,8 +86,9 @@ def renewed(state: VQState, codebook: Float[Array, "kv_heads codes key"]) -> VQS
     """Returns the state with the ring's keys as the codebook has them now.
 
     Codewords move between updates, and codes in the table stand for them as they are. A ring that
-    kept the old ones would make results depend on where a call is cut into segments: that is when
-    a key passes from the ring to the table. Gradients reach the keys as before.
+    kept the old ones, as the published code's does, would make results depend on where a call is
+    cut into segments: that is when a key passes from the ring to the table. Gradients reach the
+    keys as before.
     """
     now = codebook[jnp.arange(codebook.shape[0]), state.codes].astype(state.key.dtype)
     return state._replace(key=state.key + jax.lax.stop_gradient(now - state.key))
