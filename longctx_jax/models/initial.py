@@ -35,7 +35,15 @@ from longctx_jax.nn.initial_memory import (
     walk,
 )
 from longctx_jax.nn.initial_rows import RowMaker
-from longctx_jax.nn.kv_cache import KVCache, extend, init_kv_cache, lend, settle
+from longctx_jax.nn.kv_cache import (
+    KVCache,
+    at_layer,
+    extend,
+    init_kv_cache,
+    keep_whole,
+    lend,
+    settle,
+)
 from longctx_jax.ops.position import alibi_slopes
 from longctx_jax.typing import PRNGKey, PyTree
 
@@ -331,10 +339,14 @@ class _Run(NamedTuple):
         """Runs tokens [batch, n, d_model] through the layers."""
         block, (name,) = make_block(self.config), layer_names(self.config)
 
+        is_token = sight.rows.shape[1] == 1
+        lent = lend(layers, stays_whole=is_token) if isinstance(layers, KVCache) else None
+        lent, whole = keep_whole(lent)
+
         def cell(x, inputs):
             index, params, cache = inputs
             rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
-            seen = sight._replace(layer_cache=cache)
+            seen = sight._replace(layer_cache=at_layer(cache, whole, index))
             x, cache, aux = call_module(
                 block, params, x, seen, documents, train=self.train, rngs=rngs
             )
@@ -343,7 +355,7 @@ class _Run(NamedTuple):
         inputs = (
             jnp.arange(self.config.n_layers),
             self.params["stack"][name],
-            lend(layers) if isinstance(layers, KVCache) else None,
+            lent,
         )
         cell = rematerialize(self.config, cell)
         x, (caches, aux) = jax.lax.scan(
