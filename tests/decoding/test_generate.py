@@ -15,7 +15,10 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(
     scope="module",
-    params=["transformer", "decay", pytest.param("pattern", marks=pytest.mark.slow)],
+    params=[
+        "transformer",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("decay", "pattern")),
+    ],
 )
 def model_and_variables(request):
     fields = {"model__name": request.param, "model__vocab_size": 13}

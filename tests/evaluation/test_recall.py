@@ -65,7 +65,7 @@ def test_an_answer_is_right_when_all_its_bytes_are():
     assert [s.is_right for s in recall.score_answers(predicted, rows, task)] == [True, False]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["softmax", pytest.param("armt", marks=pytest.mark.slow)])
 def test_windows_do_not_matter(model):
     """Predictions and losses in windows with a cache are those of each row alone, in one call."""
     config = make_config(model)

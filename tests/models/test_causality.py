@@ -51,7 +51,7 @@ STACKS = {
 }
 
 
-FAST = ("gqa_relative", "sliding", "decay", "vq")
+FAST = ("gqa_relative", "decay", "vq")
 
 
 @pytest.fixture(

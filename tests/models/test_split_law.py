@@ -95,6 +95,7 @@ def small_memory():
     return model, np.asarray(twin.apply(variables, TOKENS, segment_ids=SEGMENTS).logits)
 
 
+@pytest.mark.slow
 @split
 @quick
 def test_a_stream_longer_than_the_cache(lengths):

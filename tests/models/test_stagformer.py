@@ -281,6 +281,7 @@ def test_caches_are_what_the_formula_says():
     assert size("linear_map", 9) - size("linear_map", 8) == own
 
 
+@pytest.mark.slow
 @in_float64
 def test_gradients_reach_every_parameter_of_both_stacks():
     model, variables = make("separate")

@@ -34,7 +34,7 @@ advance_jitted = jax.jit(advance_documents, static_argnums=3)
 
 
 @given(st.lists(st.sampled_from([1, 5, 7, 11]), max_size=7))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_the_ring_holds_the_last_tokens(lengths):
     cache = jax.tree.map(np.asarray, init_kv_cache(BATCH, CAPACITY, 1, 3, 2, "float32"))
     start = 0

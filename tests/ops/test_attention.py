@@ -186,7 +186,7 @@ def test_values_and_gradients(form, shape):
     assert_trees_close(actual[1][skipped:], expected_of(shape)[1][skipped:], rel_rms=5 * TOLERANCE)
 
 
-@pytest.mark.parametrize("form", ["banded", "blockwise"])
+@pytest.mark.parametrize("form", [pytest.param("banded", marks=pytest.mark.slow), "blockwise"])
 def test_bfloat16_inputs(form):
     arrays, segments, window_len, cotangents = make_inputs("window")
     function = make_function(form, segments, window_len)

@@ -128,6 +128,7 @@ def test_float32_heads_and_codes(heads, kv_heads, codes):
     assert_trees_close(actual, reference, rel_rms=1e-5)  # seen: 4e-7
 
 
+@pytest.mark.slow
 def test_bfloat16():
     inputs = [x.astype(jnp.bfloat16) for x in make_inputs(np.float32)]
     actual = with_gradients(attend, inputs, DOCUMENTS, block_len=4)
@@ -252,7 +253,8 @@ def test_any_split_is_one_call(lengths):
     assert_close(out, expected(True)[0], rel_rms=1e-13)
 
 
-@pytest.mark.parametrize("has_documents", [True, is_slow(False)])
+@pytest.mark.slow
+@pytest.mark.parametrize("has_documents", [True, False])
 @in_float64
 def test_the_state_is_the_same_at_any_split(has_documents):
     documents = DOCUMENTS if has_documents else None

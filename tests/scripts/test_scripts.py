@@ -62,6 +62,7 @@ def test_train_leaves_metrics_config_and_checkpoints(trained):
     assert config["model"]["d_model"] == 16
 
 
+@pytest.mark.slow
 def test_context_lengths(trained, tmp_path):
     out = tmp_path / "context.jsonl"
     sizes = ("--lengths=16,64", "--max_bytes=128")
@@ -362,6 +363,7 @@ def test_segments_of_the_task_that_are_not_the_models_are_a_warning(caplog, fiel
     assert [record.args for record in caplog.records] == ([(6, 8)] if warns else [])
 
 
+@pytest.mark.slow
 def test_recall_refuses_other_runs(trained):
     assert "recall_associative" in mistake("recall", f"--workdir={trained}")
     assert "got 0" in mistake("recall", f"--workdir={trained}", "--segments=2,0")

@@ -177,6 +177,7 @@ def test_a_non_finite_loss_stops_before_saving(tmp_path, splits):
     assert not (tmp_path / "DONE.json").exists()
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_averaged_weights(undisturbed, tmp_path, splits):
     fields = {
         "train__init_from": str(undisturbed),
