@@ -13,7 +13,7 @@ BASE = "configs/inattention_quality.py"
 
 
 def get_sweep() -> Sweep:
-    """Eight models."""
+    """Eight models, each with two seeds."""
     dense = zipped(
         vary("model.name", "transformer", "transformer"),
         vary("model.n_kv_heads", 4, 1),
@@ -31,4 +31,4 @@ def get_sweep() -> Sweep:
         vary("model.d_ff", 328),
     )
     narrow = zipped(vary("model.inattention.d_memory", 32), vary("model.d_ff", 410))
-    return product(chain(dense, positions, decoupled, narrow), vary("train.seed", 0))
+    return product(chain(dense, positions, decoupled, narrow), vary("train.seed", 0, 1))
