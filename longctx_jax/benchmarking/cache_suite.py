@@ -12,11 +12,10 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from longctx_jax.benchmarking import roofline
 from longctx_jax.benchmarking.suites import Limits
-from longctx_jax.benchmarking.timing import Case, Row
+from longctx_jax.benchmarking.timing import Case, Row, ratio_fields
 from longctx_jax.ops.attention import Keys
 from longctx_jax.ops.cache_attention import (
     IMPLEMENTATIONS,
@@ -135,16 +134,11 @@ def _measured(shape: Shape, fields: Row, n_bytes: int, top, limits: Limits) -> I
         }
     for name in measured:
         if name != BASELINE:
-            ours, theirs = measured[name][1], measured[BASELINE][1]
-            n = min(len(ours), len(theirs))
-            low, median, high = np.quantile(theirs[:n] / ours[:n], [0.25, 0.5, 0.75])
             yield {
                 "name": f"ratio attention {fields['variant']} {name} / {BASELINE}",
                 **fields,
                 "baseline": BASELINE,
-                "speed_ratio": round(float(median), 4),
-                "speed_ratio_quartile_1": round(float(low), 4),
-                "speed_ratio_quartile_3": round(float(high), 4),
+                **ratio_fields(measured[name][1], measured[BASELINE][1]),
             }
 
 

@@ -184,8 +184,13 @@ def _saves(axes: Axes, rows: Rows) -> None:
 def _decode_panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
     stacks = [row for row in rows if row.get("part") == "stacks"]
     initial = [row for row in rows if row.get("part") == "initial"]
-    mixers = [row for row in rows if row.get("part") not in ("stacks", "initial")]
+    attention = [row for row in rows if row.get("part") == "attention" and "median_ms" in row]
+    mixers = [row for row in rows if row.get("part") not in ("stacks", "initial", "attention")]
     panels = _context_panels(mixers, "")
+    for name in dict.fromkeys(row["implementation"] for row in attention):
+        own = [row for row in attention if row["implementation"] == name]
+        draw = functools.partial(_lines, rows=own, x="context_len", y="median_ms")
+        panels.append((f"one query, {name}: time a layer", draw))
     for shape in dict.fromkeys(row["shape"] for row in initial):
         own = [row for row in initial if row["shape"] == shape]
         panels += _context_panels(own, f"attention to embeddings, {shape}: ")

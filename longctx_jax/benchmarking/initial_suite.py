@@ -19,7 +19,7 @@ from longctx_jax.benchmarking import flops, roofline
 from longctx_jax.benchmarking.decode_suite import cache_bytes, prefill, token_loop
 from longctx_jax.benchmarking.stack_suite import make_variables, weight_bytes
 from longctx_jax.benchmarking.suites import Limits, shape_fields
-from longctx_jax.benchmarking.timing import Case, Row
+from longctx_jax.benchmarking.timing import Case, Row, ratio_fields
 from longctx_jax.models import build_model, initial_cache
 from longctx_jax.models.base import Decoder
 from longctx_jax.nn.kv_cache import KVCache
@@ -253,8 +253,6 @@ def _described(name: str, model: Decoder, context_len: int, max_len: int) -> Row
 
 
 def _ratio(name: str, what: str, context_len: int, ours, theirs) -> Row:
-    n = min(len(ours), len(theirs))
-    low, median, high = np.quantile(theirs[:n] / ours[:n], [0.25, 0.5, 0.75])
     return {
         "name": f"ratio initial {what} {name} / {BASELINE}",
         "variant": name,
@@ -262,7 +260,5 @@ def _ratio(name: str, what: str, context_len: int, ours, theirs) -> Row:
         "pass": what,
         "context_len": context_len,
         "batch_size": 1,
-        "speed_ratio": round(float(median), 4),
-        "speed_ratio_quartile_1": round(float(low), 4),
-        "speed_ratio_quartile_3": round(float(high), 4),
+        **ratio_fields(ours, theirs),
     }

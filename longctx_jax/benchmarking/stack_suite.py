@@ -19,7 +19,7 @@ import numpy as np
 from longctx_jax.benchmarking import flops, roofline
 from longctx_jax.benchmarking.decode_suite import cache_bytes, loop_case, prefill_case
 from longctx_jax.benchmarking.suites import Limits, shape_fields
-from longctx_jax.benchmarking.timing import Row
+from longctx_jax.benchmarking.timing import Row, ratio_fields
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 
@@ -171,9 +171,6 @@ def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> 
             **why,
         }
     for name, baseline in ((n, b) for n in measured for b in BASELINES if n != b and b in measured):
-        ours, theirs = measured[name][1], measured[baseline][1]
-        n = min(len(ours), len(theirs))
-        low, median, high = np.quantile(theirs[:n] / ours[:n], [0.25, 0.5, 0.75])
         yield {
             "name": f"ratio stacks {name} / {baseline}",
             "variant": name,
@@ -181,9 +178,7 @@ def _measured(models, context_len: int, batch_size: int, n_new: int, limits) -> 
             "pass": "loop",
             "context_len": context_len,
             "batch_size": batch_size,
-            "speed_ratio": round(float(median), 4),
-            "speed_ratio_quartile_1": round(float(low), 4),
-            "speed_ratio_quartile_3": round(float(high), 4),
+            **ratio_fields(measured[name][1], measured[baseline][1]),
         }
 
 

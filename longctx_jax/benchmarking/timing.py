@@ -303,3 +303,14 @@ def compiled(function: Any, inputs: tuple) -> tuple[Any, Row]:
     program = lowered.compile()
     done = time.perf_counter()
     return program, {"trace_s": round(traced - start, 4), "compile_s": round(done - traced, 4)}
+
+
+def ratio_fields(ours: np.ndarray, theirs: np.ndarray) -> Row:
+    """Returns median and quartiles of how many times as fast our runs are, turn by turn."""
+    n = min(len(ours), len(theirs))
+    low, median, high = np.quantile(theirs[:n] / ours[:n], [0.25, 0.5, 0.75])
+    return {
+        "speed_ratio": round(float(median), 4),
+        "speed_ratio_quartile_1": round(float(low), 4),
+        "speed_ratio_quartile_3": round(float(high), 4),
+    }

@@ -80,7 +80,7 @@ def attend_cache(
     facts = Facts(
         platform=platform(),
         capability=capability(),
-        dtype=str(query.dtype),
+        dtype=str(jnp.result_type(query, cached.key)),
         query_len=query.shape[1],
         key_len=cached.key.shape[-2],
         d_key=cached.key.shape[-1],

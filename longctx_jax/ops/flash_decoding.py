@@ -32,6 +32,7 @@ LOG2_E = 1.4426950408889634
 MIN_WIDTH = 16  # of Triton's products, in every direction
 MAX_CHUNK = 512  # columns of a key that are one array in a kernel
 MAX_WIDTH = 2048  # numbers of a value: more do not fit the registers
+MAX_ROTARY = 64  # numbers of a key beside as many as the widest value has
 PROGRAMS = 264  # wanted side by side: two on each of the 132 multiprocessors of an H200
 HIDDEN = -1  # distance of a key that is not seen
 # Axes of every array: b batch, h key heads, g query heads of one; "." = layers, keys, columns.
@@ -104,8 +105,10 @@ def unsupported(facts: Any) -> str:
         return f"takes one query, not {facts.query_len}"
     if facts.d_key % MIN_WIDTH or facts.d_value % MIN_WIDTH:
         return f"takes widths that are multiples of 16: {facts.d_key} and {facts.d_value}"
-    if max(facts.d_key, facts.d_value) > MAX_WIDTH:
+    if facts.d_value > MAX_WIDTH:
         return f"sums of more than {MAX_WIDTH} numbers do not fit the registers: {facts.d_value}"
+    if facts.d_key > MAX_WIDTH + MAX_ROTARY:
+        return f"takes keys of up to {MAX_WIDTH + MAX_ROTARY} numbers: {facts.d_key}"
     return ""
 
 

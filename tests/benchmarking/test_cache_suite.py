@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from longctx_jax.benchmarking import cache_suite
+from longctx_jax.benchmarking import cache_suite, figures
 from longctx_jax.benchmarking.cache_suite import Shape
 from longctx_jax.benchmarking.suites import Limits
 from tests.helpers import assert_close
@@ -38,3 +38,4 @@ def test_rows():
     assert {row["variant"] for row in rows} == set(cache_suite.SMALL)
     assert {(row["implementation"], row["batch_size"]) for row in rows} == {("xla", 1), ("xla", 8)}
     assert all(row["floor_ms"] > 0 and row["ideal_bytes"] > 0 for row in rows)
+    assert [title for title, _ in figures._decode_panels(rows)] == ["one query, xla: time a layer"]

@@ -272,9 +272,11 @@ def facts(**changes):
         ({"query_len": 2}, "one query, not 2"),
         ({"d_key": 40}, "multiples of 16: 40"),
         ({"d_key": 4096, "d_value": 4096}, "do not fit the registers: 4096"),
+        ({"d_key": 4096}, "up to 2112 numbers: 4096"),
         ({"d_key": 576, "d_value": 512}, ""),
+        ({"d_key": 2112, "d_value": 2048}, ""),
     ],
-    ids=["cpu", "float32", "old", "two", "odd", "wide", "fine"],
+    ids=["cpu", "float32", "old", "two", "odd", "wide", "wide_keys", "fine", "rotary"],
 )
 def test_unsupported(changes, reason):
     said = flash_decoding.unsupported(facts(**changes))
