@@ -14,7 +14,7 @@ from configs import from_run
 from longctx_jax import data
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
-from longctx_jax.evaluation.language_modeling import evaluate
+from longctx_jax.evaluation.language_modeling import Observer, evaluate
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder
 from longctx_jax.training.checkpoint import Checkpointer
@@ -96,6 +96,7 @@ def evaluate_split(
     *,
     max_bytes: int,
     show_progress: bool = False,
+    observe: Observer | None = None,
     place: Callable = lambda tree: tree,
 ) -> dict[str, float]:
     """Streams (the first max_bytes of, 0 = all of) a split through the model; see `evaluate`."""
@@ -121,6 +122,7 @@ def evaluate_split(
         first_token_bytes=first_token_bytes,
         n_words=data.count_words(stream, tokens.byte_offset(n_tokens)) if is_text else 0,
         progress=progress_line(n_tokens) if show_progress else None,
+        observe=observe,
         place=place,
     )
 

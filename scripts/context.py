@@ -2,7 +2,8 @@
 
 RUN is a work directory, or a folder of them. The same bytes are read in stripes of each length that
 start with an empty cache, so a length is the most that any token can look back on. Writes a JSON
-line a run and length, and draws FILE with .png.
+line a run and length, with the bits per byte by position in the stripe as well, and draws FILE with
+.png: both curves, by position of the greatest length.
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
     import jax
 
     from longctx_jax import data
+    from longctx_jax.evaluation.positions import PositionCurve, doubling_edges
     from scripts import assembly
 
     run = assembly.restore_run(str(folder))
@@ -69,8 +71,14 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
         config.eval.batch_size = max(1, _MAX_BYTES.value // length)
         config.eval.cache_len = length
         config.eval.seq_len = min(length, 512)
+        curve = PositionCurve(doubling_edges(length))
         result = assembly.evaluate_split(
-            config, run.model, run.variables, stream, max_bytes=_MAX_BYTES.value
+            config,
+            run.model,
+            run.variables,
+            stream,
+            max_bytes=_MAX_BYTES.value,
+            observe=curve,
         )
         row = {
             "suite": "context",
@@ -84,6 +92,8 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
             "seed": config.train.seed,
             "context_len": length,
             **result,
+            "position_edges": curve.edges.tolist(),
+            "bits_per_byte_by_position": curve.bits_per_byte(),
             "step": run.step,
             "train_seq_len": config.data.seq_len,
             "train_carries_cache": bool(config.train.carry_cache),
@@ -99,7 +109,8 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise common.UsageError("scripts.context needs a run: got none; name its work directory")
     lengths = context_lengths()
-    from longctx_jax.benchmarking import plots, timing
+    from longctx_jax.benchmarking import timing
+    from longctx_jax.benchmarking.context_figure import draw_context_curves
 
     command = "python -m scripts.context " + " ".join(sys.argv[1:])
     fields = timing.environment(command)
@@ -110,7 +121,7 @@ def main(arguments: list[str]) -> None:
             timing.write_rows(out, [row | fields])
             n_rows += 1
     picture = out.with_suffix(".png")
-    plots.draw_context_curves(timing.read_rows(out)).savefig(picture)  # with what was there before
+    draw_context_curves(timing.read_rows(out)).savefig(picture)  # with what was there before
     print(f"wrote {n_rows} rows to {out}, and {picture}")
 
 

@@ -4,10 +4,8 @@ Pure functions from records (see `longctx_jax.training.metrics`) or rows to matp
 files are read and no display or global pyplot state is touched.
 """
 
-import functools
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ LABELS = {
     "grad_norm": "gradient norm",
 }
 N_COLORS = 10  # of the cycle; further lines are dashed
-_MAX_INSIDE_LEGEND = 4  # more runs than this get their legend below the panels
+MAX_INSIDE_LEGEND = 4  # more runs than this get their legend below the panels
 
 
 def draw_training_curves(
@@ -189,7 +187,7 @@ def _zoom(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
 def _draw_legend(figure: Figure, axes: Axes, n_runs: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     title = "run: last evaluation (dots); training is drawn light"
-    if n_runs <= _MAX_INSIDE_LEGEND and max(map(len, labels)) <= 50:
+    if n_runs <= MAX_INSIDE_LEGEND and max(map(len, labels)) <= 50:
         axes.legend(handles, labels, loc="upper right", title=title, framealpha=0.9)
         return
     n_columns = 1 if max(map(len, labels)) > 50 else 2
@@ -224,7 +222,7 @@ def _draw_sweep_lines(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if any(groups):
-        outside = len(groups) > _MAX_INSIDE_LEGEND
+        outside = len(groups) > MAX_INSIDE_LEGEND
         figure.legend(loc="outside lower center", ncols=2) if outside else axes.legend()
     return figure
 
@@ -245,81 +243,3 @@ def _is_number(value: Any) -> bool:
 def _colors(n: int) -> list[Any]:
     map_name, positions = ("tab10", np.arange(n)) if n <= 10 else ("turbo", np.linspace(0, 1, n))
     return list(colormaps[map_name](positions))
-
-
-def draw_context_curves(rows: Records) -> Figure:
-    """Bits per byte by context length, a panel a text, a line a model; bars from seed to seed.
-
-    Args:
-        rows: of scripts.context: data, pattern, decay_kind, context_len, bits_per_byte,
-            train_seq_len; of models with quantised keys also vq_codebook_size, vq_use_table, gate;
-            model, n_layers, n_kv_heads and variant where they tell models apart.
-
-    Raises:
-        ValueError: if there are no rows.
-    """
-    if not rows:
-        raise ValueError("a context figure needs rows: got none; run scripts.context")
-    texts = list(dict.fromkeys(row["data"] for row in rows))
-    figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained", dpi=120)
-    panels = figure.subplots(1, len(texts), squeeze=False)[0]
-    sizes = [f for f in ("n_layers", "n_kv_heads") if len({row.get(f) for row in rows}) > 1]
-    label_of = functools.partial(_context_label, sizes=sizes)
-    if _has_twins(rows, label_of):  # e.g. one model trained in several ways: the runs' own names
-        label_of = operator.itemgetter("run")
-    labels = list(dict.fromkeys(map(label_of, rows)))
-    for axes, text in zip(panels, texts, strict=True):
-        for color, label in enumerate(labels):
-            found: dict[int, list[float]] = {}
-            for row in rows:
-                if row["data"] == text and label_of(row) == label:
-                    found.setdefault(row["context_len"], []).append(row["bits_per_byte"])
-            lengths = sorted(found)
-            mean = [sum(found[n]) / len(found[n]) for n in lengths]
-            low = [m - min(found[n]) for m, n in zip(mean, lengths, strict=True)]
-            high = [max(found[n]) - m for m, n in zip(mean, lengths, strict=True)]
-            style = "o-" if color < N_COLORS else "s--"
-            axes.plot(lengths, mean, style, color=f"C{color}", label=label)
-            if any(len(values) > 1 for values in found.values()):
-                axes.errorbar(lengths, mean, yerr=[low, high], fmt="none", color=f"C{color}")
-        for window in sorted({row["train_seq_len"] for row in rows}):
-            axes.axvline(window, color="0.6", linestyle=":", label=f"training window {window:,}")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
-        axes.set_title(text, fontsize=10)
-        axes.set_xlabel("context (tokens)")
-        axes.set_ylabel("bits per byte")
-        axes.grid(alpha=0.3)
-        if len(labels) <= 2 * _MAX_INSIDE_LEGEND:
-            axes.legend(fontsize=8)
-    if len(labels) > 2 * _MAX_INSIDE_LEGEND:
-        figure.set_size_inches(5.2 * len(texts) + 4.5, 4.2)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
-
-
-def _has_twins(rows: Records, label_of: Callable[[Mapping[str, Any]], str]) -> bool:
-    """Whether runs of one seed share a label, and all rows name their run."""
-    if not all(row.get("run") for row in rows):
-        return False
-    runs: dict[tuple, set[str]] = {}
-    for row in rows:
-        runs.setdefault((row["data"], label_of(row), row["seed"]), set()).add(row["run"])
-    return any(len(names) > 1 for names in runs.values())
-
-
-def _context_label(row: Mapping[str, Any], sizes: Sequence[str]) -> str:
-    if row.get("model") in ("stagformer", "inattention"):
-        changed = [f"{name}={value}" for name, value in row["variant"].items()]
-        return ", ".join([row["model"], *changed])
-    kinds = list(dict.fromkeys(row["pattern"]))
-    name = "-".join(row["pattern"]) if len(kinds) > 1 else kinds[0]
-    told = [row["decay_kind"]] if row["decay_kind"] else []
-    if "vq_codebook_size" in row:  # without the table no codes are seen
-        told.append(f"{row['vq_codebook_size']} codes" if row["vq_use_table"] else "window only")
-        if row["gate"] != "none":
-            told.append("gated")
-    if not row.get("train_carries_cache", True):
-        told.append("trained in cold windows")
-    told += [f"{row[field]} {field.removeprefix('n_')}" for field in sizes if field in row]
-    return f"{name} ({', '.join(told)})" if told else name

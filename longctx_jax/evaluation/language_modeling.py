@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.data import RowBatches
@@ -25,17 +24,19 @@ from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree
 
 Progress = Callable[[int, float], None]  # tokens done, seconds since the start
+# position of the window's first token in its stripe; nats and raw bytes of its targets [rows, seq]
+Observer = Callable[[int, np.ndarray, np.ndarray], None]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def eval_step(
     model: Decoder, variables: dict[str, PyTree], batch: dict[str, jax.Array], cache: ModelCache
 ) -> tuple[jax.Array, ModelCache]:
-    """Returns the weighted negative log-likelihood of each row, nats [rows], and the next cache."""
+    """Returns the weighted negative log-likelihoods, nats [rows, seq], and the next cache."""
     out = model.apply(variables, batch["tokens"], cache, segment_ids=batch["segment_ids"])
     assert out.cache is not None
     nll = token_nll(out.logits, batch["targets"]) * batch["weights"]
-    return everywhere(jnp.sum(nll, axis=1)), out.cache
+    return everywhere(nll), out.cache
 
 
 def evaluate(
@@ -47,6 +48,7 @@ def evaluate(
     first_token_bytes: int | None = 1,
     n_words: int = 0,
     progress: Progress | None = None,
+    observe: Observer | None = None,
     place: Place = lambda tree: tree,
 ) -> dict[str, float]:
     """Returns the mean losses of a text given as stripes (`data.evaluation_stripes`).
@@ -59,6 +61,7 @@ def evaluate(
             windows have it.
         n_words: words of the text, for `perplexity_per_word`; 0 = not reported.
         progress: called after each window.
+        observe: called with the losses of each window of text, e.g. a `PositionCurve`.
         place: puts batches and caches on the devices of a mesh.
 
     Returns:
@@ -75,7 +78,16 @@ def evaluate(
     n_tokens, n_bytes, nats = 0, 0, 0.0
     if first_token_bytes is not None:
         n_tokens, n_bytes, nats = 1, first_token_bytes, math.log(model.config.vocab_size)
-    pending: list[jax.Array] = []
+    position = 0
+    pending: list[tuple[int, jax.Array, np.ndarray]] = []
+
+    def add_oldest() -> float:
+        first, nll, target_bytes = pending.pop(0)
+        nll = np.asarray(nll, np.float64)
+        if observe is not None:
+            observe(first, nll, target_bytes)
+        return float(np.sum(nll))
+
     start = time.monotonic()
     for batch in batches:
         if cache is None:
@@ -84,12 +96,14 @@ def evaluate(
         n_bytes += int(np.sum(batch["target_bytes"]))
         arrays = place({k: np.asarray(v) for k, v in batch.items() if k != "target_bytes"})
         nll, cache = eval_step(model, variables, arrays, cache)
-        pending.append(nll)
+        pending.append((position, nll, batch["target_bytes"]))
+        position += batch["tokens"].shape[1]
         if len(pending) > 1:  # the device works on the newest while the host adds an older one
-            nats += float(np.sum(np.asarray(pending.pop(0), np.float64)))
+            nats += add_oldest()
         if progress is not None:
             progress(n_tokens, time.monotonic() - start)
-    nats += sum(float(np.sum(np.asarray(nll, np.float64))) for nll in pending)
+    while pending:
+        nats += add_oldest()
     if not math.isfinite(nats):
         raise ValueError(
             f"the loss of this model must be finite: got {nats} nats over {n_tokens} tokens; "

@@ -72,6 +72,8 @@ def test_context_lengths(trained, tmp_path):
         (n, trained.name) for n in (16, 64)
     ]
     assert all(row["bytes"] == 128 and row["bits_per_byte"] > 0 for row in rows)
+    assert [row["position_edges"] for row in rows] == [[0, 16], [0, 64]]
+    assert all(row["bits_per_byte_by_position"][0] > 0 for row in rows)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "got 512" in mistake("context", trained, "--lengths=512", "--max_bytes=128")
 
