@@ -13,17 +13,22 @@ BASE = "configs/inattention_quality.py"
 
 
 def get_sweep() -> Sweep:
-    """Eight models, each with two seeds."""
+    """Eight models on pg19_mini, each with two seeds; four of them on enwik8_4m."""
     dense = zipped(
         vary("model.name", "transformer", "transformer"),
         vary("model.n_kv_heads", 4, 1),
         vary("model.n_heads", 4, 8),
         vary("model.d_ff", 352, 427),
     )
-    positions = zipped(
-        vary("model.inattention.memory_position", "none", "sinusoid", "none", "none"),
-        vary("model.inattention.score_position", "relative", "relative", "near", "alibi"),
-        vary("model.d_ff", 349, 349, 350, 351),
+    plain = zipped(
+        vary("model.inattention.memory_position", "none", "none"),
+        vary("model.inattention.score_position", "relative", "near"),
+        vary("model.d_ff", 349, 350),
+    )
+    more = zipped(
+        vary("model.inattention.memory_position", "sinusoid", "none"),
+        vary("model.inattention.score_position", "relative", "alibi"),
+        vary("model.d_ff", 349, 351),
     )
     decoupled = zipped(
         vary("model.inattention.score_position", "decoupled"),
@@ -31,4 +36,6 @@ def get_sweep() -> Sweep:
         vary("model.d_ff", 328),
     )
     narrow = zipped(vary("model.inattention.d_memory", 32), vary("model.d_ff", 410))
-    return product(chain(dense, positions, decoupled, narrow), vary("train.seed", 0, 1))
+    books = product(chain(dense, plain, more, decoupled, narrow), vary("train.seed", 0, 1))
+    wiki = product(vary("data.name", "enwik8_4m"), chain(dense, plain))
+    return chain(books, wiki)
