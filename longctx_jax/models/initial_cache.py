@@ -1,8 +1,10 @@
 """Which of its exact caches a model of initial embeddings decodes from, and how wide rows are."""
 
 import dataclasses
+from collections.abc import Callable
 
 from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.inattention_config import InAttentionConfig
 from longctx_jax.ops.dispatch import Implementation, choose
 
 
@@ -10,53 +12,68 @@ from longctx_jax.ops.dispatch import Implementation, choose
 class _Facts:
     """What the choice of a cache may depend on."""
 
-    config: ModelConfig
     max_len: int
+    vocab_size: int
+    row_len: int  # numbers of a token's row
+    keys_len: int  # numbers of its keys and values in all layers
+    memory_position: str
+    score_position: str
+    n_exact: int
+    inattention: InAttentionConfig = dataclasses.field(repr=False)
 
-    @property
-    def row_len(self) -> int:
-        return d_memory(self.config) + d_rotary(self.config)
 
-    def why_not(self, cache: str) -> str:
-        return self.config.inattention.why_not(cache)
+def _facts(config: ModelConfig, max_len: int) -> _Facts:
+    own = config.inattention
+    n_caches = 1 if own.share_projections else config.n_layers
+    return _Facts(
+        max_len=max_len,
+        vocab_size=config.vocab_size,
+        row_len=d_memory(config) + d_rotary(config),
+        keys_len=n_caches * config.n_kv_heads * (config.d_key + config.d_value),
+        memory_position=own.memory_position,
+        score_position=own.score_position,
+        n_exact=own.n_exact,
+        inattention=own,
+    )
 
 
 def _many_types(facts: _Facts) -> str:
-    config, near = facts.config, facts.config.inattention.n_exact
-    if config.vocab_size + near <= max(facts.max_len, 1024):
+    if facts.vocab_size + facts.n_exact <= max(facts.max_len, 1024):
         return ""
-    return f"a histogram of {config.vocab_size} ids, and {near} tokens, outweighs the context"
+    return (
+        f"a histogram of {facts.vocab_size} ids, and {facts.n_exact} tokens, outweighs the context"
+    )
 
 
 def _made_anew(facts: _Facts) -> str:
-    inattention = facts.config.inattention
-    if inattention.memory_position != "none" or inattention.score_position == "decoupled":
+    if facts.memory_position != "none" or facts.score_position == "decoupled":
         return "every step would make all rows anew, in every layer"
-    if facts.config.vocab_size > facts.max_len:
+    if facts.vocab_size > facts.max_len:
         return "tables by id are longer than the context"
     return ""
 
 
 def _wider_than_keys(facts: _Facts) -> str:
-    config = facts.config
-    n_caches = 1 if config.inattention.share_projections else config.n_layers
-    keys = n_caches * config.n_kv_heads * (config.d_key + config.d_value)
-    if facts.row_len < keys:
+    if facts.row_len < facts.keys_len:
         return ""
-    return f"its rows have {facts.row_len} numbers, all keys and values of a token {keys}"
+    return f"its rows have {facts.row_len} numbers, all keys and values of a token {facts.keys_len}"
+
+
+def _cannot_be(cache: str) -> Callable[[_Facts], str]:
+    return lambda facts: facts.inattention.why_not(cache)
 
 
 CACHES = (  # smallest first
-    Implementation("counts", print, lambda facts: facts.why_not("counts"), _many_types),
-    Implementation("ids", print, lambda facts: facts.why_not("ids"), _made_anew),
-    Implementation("embedding", print, lambda facts: facts.why_not("embedding"), _wider_than_keys),
+    Implementation("counts", print, _cannot_be("counts"), _many_types),
+    Implementation("ids", print, _cannot_be("ids"), _made_anew),
+    Implementation("embedding", print, _cannot_be("embedding"), _wider_than_keys),
     Implementation("kv", print),
 )
 
 
 def choose_cache(config: ModelConfig, max_len: int) -> str:
     """Returns the kind of cache for contexts of max_len tokens; "auto" says once why."""
-    facts = _Facts(config, max_len)
+    facts = _facts(config, max_len)
     return choose("inattention.cache", CACHES, config.inattention.cache, facts).name
 
 

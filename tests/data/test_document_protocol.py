@@ -44,7 +44,11 @@ def nats_apart(model, variables, tokenizer, documents, *, count_end):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kind"), [("transformer", "sub-words"), ("decay", "delimited_bytes")]
+    ("scheme", "kind"),
+    [
+        ("transformer", "sub-words"),
+        pytest.param("decay", "delimited_bytes", marks=pytest.mark.slow),
+    ],
 )
 def test_perplexity_per_word_is_the_published_one(scheme, kind, tmp_path):
     name = kind

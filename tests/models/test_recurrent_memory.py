@@ -112,7 +112,7 @@ def definition(model, variables, tokens):
 
 
 @in_float64
-@pytest.mark.parametrize("name", ("armt", "layerwise", "rmt"))
+@pytest.mark.parametrize("name", ("armt", pytest.param("layerwise", marks=pytest.mark.slow), "rmt"))
 def test_logits_equal_the_definition(name):
     model, variables = make(name)
     logits = model.apply(variables, TOKENS).logits

@@ -141,7 +141,10 @@ def test_every_schedule_is_the_grid_by_hand(schedule, pattern, n_segments, n_lay
         assert_trees_close(layer(aux, l), expected[2][l], rel_rms=5e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [s if s == "diagonal" else pytest.param(s, marks=pytest.mark.slow) for s in SCHEDULES],
+)
 def test_one_program_serves_every_number_of_segments(schedule):
     cells, params, caches, xs = make_problem(("cell", "other"), 4, 4)
     options = {"schedule": schedule, "n_ramp_buckets": 1}

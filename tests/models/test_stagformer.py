@@ -190,7 +190,7 @@ def test_logits_equal_the_definition(name):
     assert_close(logits, expected_logits(model, variables), rel_rms=1e-12)
 
 
-@variants()
+@variants(fast=("separate",))
 @in_float64
 def test_any_split_is_the_definition(name):
     """A prompt, tokens one by one in lanes, and another call of several tokens."""

@@ -498,9 +498,12 @@ def test_keys_carried_past_an_update_follow_the_codebook():
     moved = codebook + 0.3 * make_normal(9, *codebook.shape)
     options = {"documents": None, "window_len": WINDOW, "scale": 0.5}
 
+    @jax.jit
+    def attend(query, key, value, bias, state, words):
+        return vq_attention(query, key, value, words, state, relative_bias=bias, **options)
+
     def call(tokens, state, words):
-        parts = (x[:, tokens] for x in (query, key, value))
-        return vq_attention(*parts, words, state, relative_bias=bias[:, tokens], **options)
+        return attend(*(x[:, tokens] for x in (query, key, value, bias)), state, words)
 
     empty = init_vq_state(BATCH, WINDOW, KV_HEADS, KEY, VALUE, CODES, "float64")
     old = call(slice(0, 7), empty, codebook).state
