@@ -15,8 +15,6 @@ it runs it.
 
 import dataclasses
 import functools
-import re
-import warnings
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from jax.experimental.pallas import triton as plt
 
 from longctx_jax.ops.partition import by_rows_and_heads
 from longctx_jax.ops.position import DistanceBias, relative_bucket
+from longctx_jax.ops.triton_kernels import not_for_hopper, quietly
 from longctx_jax.typing import DType
 
 LOG2_E = 1.4426950408889634
@@ -95,12 +94,8 @@ def tiling(d_key: int, d_value: int, group: int, dtype: DType) -> Tiling:
 
 def unsupported(facts: Any) -> str:
     """Returns why the kernel cannot run, "" if it can."""
-    if facts.platform != "gpu":
-        return f"a GPU kernel, and jax runs on {facts.platform}"
-    if facts.dtype not in ("bfloat16", "float16"):
-        return f"takes bfloat16 or float16, not {facts.dtype}"
-    if not re.fullmatch(r"(9|10)\.\d|", facts.capability):
-        return f"tiled for the 227 KB of compute capability 9 and 10, not {facts.capability}"
+    if reason := not_for_hopper(facts, ("bfloat16", "float16")):
+        return reason
     if facts.query_len != 1:
         return f"takes one query, not {facts.query_len}"
     if facts.d_key % MIN_WIDTH or facts.d_value % MIN_WIDTH:
@@ -228,9 +223,7 @@ def _attend(arrays: dict[str, jax.Array], *, scale: float, d_value: int, interpr
         interpret=interpret,
         name="flash_decoding",
     )
-    with warnings.catch_warnings():  # this file exists knowing it
-        warnings.filterwarnings("ignore", message=".*Triton backend.*deprecated.*")
-        out, log_normalizer = call(*arrays.values())
+    out, log_normalizer = quietly(call, *arrays.values())
     out, log_normalizer = _merge(out, log_normalizer)
     return out[:, :, :group], log_normalizer[:, :, :group]
 

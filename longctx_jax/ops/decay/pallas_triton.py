@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import math
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ from longctx_jax.ops.decay.kernel_inputs import (
     states_before_segments,
 )
 from longctx_jax.ops.decay.linear_vjp import differentiable, share_heads
+from longctx_jax.ops.triton_kernels import quietly
 from longctx_jax.typing import Array, Bool, DType, Float
 
 TF32_PRECISIONS = ("default", "fastest", "tensorfloat32", "bfloat16", "TF32_TF32_F32")
@@ -302,7 +302,7 @@ def _call(
         interpret=interpret,
         name="decay_attention_states" if states_only else "decay_attention_walk",
     )
-    return _quietly(run, *given.values())
+    return quietly(run, *given.values())
 
 
 def _precision(dtype, interpret: bool):
@@ -459,7 +459,7 @@ def step(
         interpret=interpret,
         name="decay_attention_step",
     )
-    out, new = _quietly(run, query, key, value, keep, padded)
+    out, new = quietly(run, query, key, value, keep, padded)
     return out[..., :d_value], new[..., :d_key, :d_value]
 
 
@@ -470,10 +470,3 @@ def _step_kernel(q_ref, k_ref, v_ref, keep_ref, state_ref, out_ref, new_ref, *, 
     state = keep_ref[0] * state_ref[...] + key * value
     new_ref[...] = state
     out_ref[...] = (scale * jnp.sum(query * state, axis=0)).astype(out_ref.dtype)
-
-
-def _quietly(run, *args):
-    """Calls without the deprecation warning of the backend: this file exists knowing it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Triton backend.*deprecated.*")
-        return run(*args)

@@ -11,7 +11,6 @@ Deprecated upstream from jax 0.11 on. Nothing else imports these files but `sele
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from longctx_jax.ops.products import accumulator
+from longctx_jax.ops.triton_kernels import not_for_hopper
 from longctx_jax.ops.vq.blocks import Blocks, Constants, Rules
 from longctx_jax.ops.vq.pallas_triton_keys import key_value_gradients, mean_gradient
 from longctx_jax.ops.vq.pallas_triton_queries import forward, query_gradient
@@ -118,13 +118,7 @@ def tables_unsupported(facts: Any) -> str:
 
 
 def _device_unsupported(facts: Any) -> str:
-    if facts.platform != "gpu":
-        return f"a GPU kernel, and jax runs on {facts.platform}"
-    if facts.dtype not in ("float32", "bfloat16"):
-        return f"takes float32 or bfloat16, not {facts.dtype}"
-    if not re.fullmatch(r"(9|10)\.\d|", facts.capability):
-        return f"tiled for the 227 KB of compute capability 9 and 10, not {facts.capability}"
-    return ""
+    return not_for_hopper(facts, ("float32", "bfloat16"))
 
 
 def attend_blocks(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from longctx_jax.ops.triton_kernels import quietly
 from longctx_jax.ops.vq.pallas_triton_tiles import (
     Setup,
     any_of,
@@ -32,7 +33,6 @@ from longctx_jax.ops.vq.pallas_triton_tiles import (
     key_scores,
     load,
     load_key_documents,
-    quietly,
     specs,
     store,
     take_rows,

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from longctx_jax.ops.vq.pallas_triton_tiles import MIN_WIDTH, load, pad_columns, quietly, store
+from longctx_jax.ops.triton_kernels import quietly
+from longctx_jax.ops.vq.pallas_triton_tiles import MIN_WIDTH, load, pad_columns, store
 from longctx_jax.typing import Array, Float, Int
 
 N_PIECES = 3  # bfloat16 numbers that add up to a float32: 3 times 8 bits

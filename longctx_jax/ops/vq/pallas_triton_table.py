@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from longctx_jax.ops.products import accumulator
-from longctx_jax.ops.vq.pallas_triton_tiles import MIN_WIDTH, load, pad_columns, quietly, store
+from longctx_jax.ops.triton_kernels import quietly
+from longctx_jax.ops.vq.pallas_triton_tiles import MIN_WIDTH, load, pad_columns, store
 from longctx_jax.ops.vq.table import NO_DOCUMENT, Table
 from longctx_jax.typing import Array, DType, Float, Int
 

@@ -7,7 +7,6 @@ describe a call (`Sizes`, `Setup`, `specs`).
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -309,13 +308,6 @@ def dot_over_values(left: Callable, right: Callable, shape: tuple[int, int], set
         return total + setup.dot(left(columns), right(columns), trans_b=True)
 
     return jax.lax.fori_loop(0, setup.value_tiles, add, jnp.zeros(shape, jnp.float32))
-
-
-def quietly(run, *args):
-    """Calls without the deprecation warning of the backend: these files exist knowing it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Triton backend.*deprecated.*")
-        return run(*args)
 
 
 def pad_columns(x: jax.Array, unit: int) -> jax.Array:
