@@ -58,9 +58,9 @@ def draw_context_curves(rows: Records) -> Figure:
         axes.set_xlabel(name)
         axes.set_ylabel("bits per byte")
         axes.grid(alpha=0.3)
-        if len(labels) <= 2 * MAX_INSIDE_LEGEND:
+        if len(labels) <= MAX_INSIDE_LEGEND:
             axes.legend(fontsize=8)
-    if len(labels) > 2 * MAX_INSIDE_LEGEND:
+    if len(labels) > MAX_INSIDE_LEGEND:
         figure.set_size_inches(width + 4.5, 4.2)
         handles = all_axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right upper", fontsize=8)
