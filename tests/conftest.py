@@ -9,10 +9,7 @@ if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Tests spend their time compiling: this halves it, and changes no result beyond rounding. Set
     # XLA_FLAGS (even to the empty string) to test what users run; GPU runs never get it.
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    )
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One device: tests that need several start their own process with its own setting.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 

@@ -87,6 +87,7 @@ def our_gradients(model, params, batch):
     return jax.jit(jax.grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_initial_weights_have_our_layout_and_scale():
     theirs = yardstick.init_params(jax.random.key(0), SHAPE)
     ours = from_ours(make_model().init(jax.random.key(1))["params"])

@@ -67,7 +67,10 @@ def all_paths(tree):
     return {"/".join(key.key for key in path) for path, _ in flat}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(s, marks=pytest.mark.slow) if s == "recurrent_memory" else s for s in SCHEMES],
+)
 def test_every_array_is_kept_or_fresh_and_has_its_shape(scheme):
     _, given, target, moved = converted(scheme)
     wanted = jax.eval_shape(target.init, jax.random.key(0))

@@ -69,7 +69,12 @@ def test_perplexity_per_word_is_the_published_one(scheme, kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "batch_size", "seq_len"), [("transformer", 2, 12), ("decay", 1, 7), ("decay", 4, 30)]
+    ("scheme", "batch_size", "seq_len"),
+    [
+        pytest.param("transformer", 2, 12, marks=pytest.mark.slow),
+        ("decay", 1, 7),
+        ("decay", 4, 30),
+    ],
 )
 def test_each_sample_is_predicted_from_nothing_before(scheme, batch_size, seq_len):
     tokenizer, stream = data.build_tokenizer("delimited_bytes"), SampleStream(5)

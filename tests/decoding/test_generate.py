@@ -44,7 +44,7 @@ def test_greedy_equals_the_definition(model_and_variables):
 
 def test_prompts_of_different_lengths_do_not_see_their_padding(model_and_variables):
     model, variables = model_and_variables
-    prompts = [[1, 5, 2, 7, 7, 3], [4], [9, 9, 2]]
+    prompts = [[1, 5, 2, 7, 7, 3], [4]]
     together = generate(model, variables, prompts, max_new_tokens=4, sampling=GREEDY)
     for prompt, row in zip(prompts, together, strict=True):
         alone = generate(model, variables, [prompt], max_new_tokens=4, sampling=GREEDY)
