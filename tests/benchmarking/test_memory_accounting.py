@@ -15,7 +15,7 @@ from longctx_jax.benchmarking import (
     memory_search,
 )
 from longctx_jax.models import build_model
-from tests.models.conftest import MODELS, TINY
+from tests.models.tiny_models import MODELS, TINY
 
 MEMORY = {"segment_len": 4, "n_memory_tokens": 2, "d_memory": 4}
 ROWS = {"cross_cache": "memory", "cross_position": "none"}
