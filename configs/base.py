@@ -28,6 +28,9 @@ def model_config() -> ml_collections.ConfigDict:
     # transformer | transformer_vq | decay | recurrent_memory | stagformer | inattention
     c.name = "transformer"
     c.pattern = ()  # repeating mixers, e.g. ("decay", "decay", "sliding"); () = the model's own
+    # mixers that are not this library's, "kind=package.module:NAME": --mixers writes it for the
+    # record, and never reads it
+    c.outside_mixers = ()
     c.n_layers = 6  # blocks; a multiple of the pattern's length
     c.d_model = 256  # width of the residual stream
     c.n_heads = 4  # query heads
@@ -115,7 +118,6 @@ def model_config() -> ml_collections.ConfigDict:
     c.vq.commitment = 1e-4  # weight of the squared quantisation error in the loss
     c.vq.codebook_decay = 0.99  # of the codebook's running averages, an update; 1 = fixed codebook
     c.vq.codebook_start = "sphere"  # sphere: among the keys | published: near the origin
-    c.vq.smoothing = "clip"  # of small counts: clip (as published) | laplace
     c.vq.reseed_below = 0.0  # tokens an update: codes used less are replaced; 0 = never
     c.vq.implementation = "auto"  # auto | pallas_triton | linear | quadratic
     c.vq.search = "auto"  # of the nearest code: auto | pallas_triton | xla
@@ -164,9 +166,7 @@ def model_config() -> ml_collections.ConfigDict:
     c.stagformer.cross_position = "rotary"  # rotary | none
     # decoding keeps kv (keys and values a layer) | memory (their source, once; position none)
     c.stagformer.cross_cache = "kv"
-    c.stagformer.first_slot = "learned"  # what a document's first token sees: learned | zero
     c.stagformer.combine = "last"  # output: last (stack) | linear (learned sum of all)
-    c.stagformer.pass_embedding = False  # a learned gain and bias a stack, on the embedding
     c.stagformer.stagger = True  # False: the control; no token late, and no parallel decoding
     # of one token: lanes (all stacks at once) | sequential | auto (lanes where staggered)
     c.stagformer.decode = "auto"

@@ -10,6 +10,7 @@ import pathlib
 import ml_collections
 
 from configs import base
+from longctx_jax import run_files
 
 MAX_BYTES = 1_000_000  # a config has about 5,000
 # What reading JSON, and giving a field a value that does not fit, may raise.
@@ -20,7 +21,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of the run in the folder `arg`, "" = the base config."""
     if not arg:
         return base.get_config()
-    path = pathlib.Path(arg) / "config.json"
+    path = pathlib.Path(arg) / run_files.CONFIG
     if not path.is_file():
         raise ValueError(
             f"the config needs the folder of a run: {path} does not exist; write "
@@ -53,6 +54,8 @@ def read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
                 f"--from=hf_llama --path={path.parent} --workdir=NEW"
             )
             raise ValueError("it is not in the folder of a run")
+        fields = run_files.without_retired(fields)
+        _add_outside_mixers(config, fields["model"])
         config.update(fields)  # lists become the tuples they were
         absent = _absent(config)
         if absent:
@@ -63,6 +66,15 @@ def read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
             f"{path} must be the config of a run of this version: {text[:500]}; {remedy}"
         ) from error
     return config
+
+
+def _add_outside_mixers(config: ml_collections.ConfigDict, model: dict) -> None:
+    """Makes room for the fields of mixers that the run says it took from outside; imports none."""
+    with config.unlocked():
+        for named in model.get("outside_mixers", ()):
+            kind = str(named).partition("=")[0]
+            if kind not in config.model and isinstance(model.get(kind), dict):
+                config.model[kind] = ml_collections.ConfigDict(model[kind])
 
 
 def _absent(group: ml_collections.ConfigDict) -> str:

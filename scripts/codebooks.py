@@ -44,9 +44,8 @@ def layer_rows(run: Any) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> None:
     """Reads, prints, draws."""
     del arguments
-    from scripts import assembly
 
-    rows = layer_rows(assembly.restore_run(_WORKDIR.value, _STEP.value))
+    rows = layer_rows(common.restore_run(_WORKDIR.value, _STEP.value))
     if not rows:
         raise common.UsageError(
             f"--workdir must be a run whose model has codebooks: {_WORKDIR.value} has none; train "

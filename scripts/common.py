@@ -29,6 +29,12 @@ EXIT_INTERRUPTED = 130
 flags.disclaim_key_flags()  # the flags defined here belong to the script that asks for them
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+_MIXERS = flags.DEFINE_list(
+    "mixers",
+    [],
+    "Mixers that are not this library's, package.module:NAME each; that code is run. Their fields "
+    "are config.model.<kind>: docs/contract.md.",
+)
 # Raised by our own `raise` statements for what a user can repair (house rules, errors).
 _USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError)
 _CONFIG_ERRORS = (AttributeError, KeyError, ValueError, TypeError)
@@ -48,6 +54,8 @@ def config_flag(default: str | None = None) -> flags.FlagHolder[ml_collections.C
     holder = config_flags.DEFINE_config_file(
         "config", default, "Config file, e.g. configs/quickstart.py.", lock_config=True
     )
+    flag = flags.FLAGS["config"]
+    flag.parser = _WithMixers(flag.parser)
     if default is None:
         flags.mark_flag_as_required("config")
     return holder
@@ -58,6 +66,67 @@ def workdir_flag(
 ) -> flags.FlagHolder[str]:
     """Defines the required flag `--workdir=DIR` and returns its holder."""
     return flags.DEFINE_string("workdir", None, help_text, required=True)
+
+
+class _WithMixers(flags.ArgumentParser):
+    """Gives every config the fields of the mixers that --mixers names, before overrides count."""
+
+    def __init__(self, inner: flags.ArgumentParser):
+        self._inner = inner
+
+    def parse(self, argument: str) -> Any:
+        """Returns the config of the file `argument`, with fields for outside mixers."""
+        return with_mixers(self._inner.parse(argument))
+
+    def flag_type(self) -> str:
+        """The type as help texts show it."""
+        return self._inner.flag_type()
+
+
+def with_mixers(config: Any) -> Any:
+    """Adds the default fields of the mixers of --mixers to a config, and writes their names down.
+
+    Fields that the config has already, those of a run, stay.
+    """
+    places = _flag_value(sys.argv, "mixers")
+    if not places or not hasattr(config, "model"):
+        return config
+    from longctx_jax.nn.mixers.outside import default_fields, load_mixers
+
+    mixers, named = load_mixers(places.split(","))
+    with config.unlocked():
+        for kind, fields in default_fields(mixers).items():
+            if kind not in config.model:
+                config.model[kind] = ml_collections.ConfigDict(fields)
+        config.model.outside_mixers = tuple(dict.fromkeys((*config.model.outside_mixers, *named)))
+    return config
+
+
+def mixers() -> dict[str, Any]:
+    """Returns what the words of a pattern mean: the library's mixers and those of --mixers."""
+    from longctx_jax.nn.mixers.outside import load_mixers
+
+    return load_mixers(_MIXERS.value)[0]
+
+
+def restore_run(workdir: str | os.PathLike[str], step: int = -1) -> Any:
+    """Returns the run in a folder, restored; see `longctx_jax.runs.restore.restore_run`.
+
+    Raises:
+        FileNotFoundError: no run.
+    """
+    from configs import from_run
+    from longctx_jax import run_files
+    from longctx_jax.runs import restore
+
+    path = pathlib.Path(workdir) / run_files.CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--workdir must be the folder of a run: {path} does not exist; train one with "
+            f"python -m scripts.train --config=configs/quickstart.py --workdir={workdir}"
+        )
+    config = with_mixers(from_run.read_config(path))
+    return restore.restore_run(workdir, config, step, mixers())
 
 
 def run(main: Callable[[list[str]], int | None], *, accept_args: bool = False) -> None:
@@ -163,11 +232,12 @@ def load_config(path: str) -> ml_collections.ConfigDict:
             f"a config file must define get_config(): {name} does not; add the function"
         )
     try:
-        return module.get_config(argument) if argument else module.get_config()
+        config = module.get_config(argument) if argument else module.get_config()
     except _CONFIG_ERRORS as error:
         raise ValueError(
             f"config file {name} fails: {type(error).__name__}: {error_text(error)}"
         ) from error
+    return with_mixers(config)
 
 
 def override_problem(config: ml_collections.ConfigDict, field: str, value: str) -> str:
@@ -342,26 +412,3 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
-
-
-def find_runs(folders: Sequence[str]) -> list[pathlib.Path]:
-    """The work directories among `folders` and their direct sub-folders, each once.
-
-    Raises:
-        FileNotFoundError: if one of them holds no `metrics.jsonl`.
-    """
-    from longctx_jax.training.metrics import METRICS_FILE
-
-    found: dict[pathlib.Path, None] = {}
-    for folder in map(pathlib.Path, folders):
-        if (folder / METRICS_FILE).is_file():
-            below = [folder]
-        else:
-            below = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
-        if not below:
-            raise FileNotFoundError(
-                f"a run's folder must hold {METRICS_FILE}: got {folder}; "
-                "give the --workdir of scripts.train, or a folder of such folders"
-            )
-        found.update(dict.fromkeys(below))
-    return list(found)

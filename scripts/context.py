@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from longctx_jax import run_files
 from scripts import common
 
 _OUT = flags.DEFINE_string("out", "runs/context.jsonl", "JSON-lines file; its figure beside it.")
@@ -40,7 +41,7 @@ def vq_fields(model: Any) -> dict[str, Any]:
     """Returns what tells models with quantised keys apart, nothing for others."""
     if "vq" not in model.pattern:
         return {}
-    vq = model.vq
+    vq = model.of("vq")
     fields = {"vq_codebook_size": vq.codebook_size, "vq_use_table": vq.use_table}
     return fields | {"vq_window_len": vq.window_len, "gate": vq.gate}
 
@@ -62,9 +63,9 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
 
     from longctx_jax import data
     from longctx_jax.evaluation.positions import PositionCurve, doubling_edges
-    from scripts import assembly
+    from longctx_jax.runs.evaluate import evaluate_split
 
-    run = assembly.restore_run(str(folder))
+    run = common.restore_run(str(folder))
     config, model = run.config, run.model.config
     stream = data.load_source(config.data)[_SPLIT.value]
     for length in lengths:
@@ -72,7 +73,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
         config.eval.cache_len = length
         config.eval.seq_len = min(length, 512)
         curve = PositionCurve(doubling_edges(length))
-        result = assembly.evaluate_split(
+        result = evaluate_split(
             config,
             run.model,
             run.variables,
@@ -86,7 +87,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
             "data": config.data.name,
             "split": _SPLIT.value,
             "pattern": model.pattern,
-            "decay_kind": model.decay.kind if "decay" in model.pattern else "",
+            "decay_kind": model.of("decay").kind if "decay" in model.pattern else "",
             **vq_fields(model),
             **variant_fields(model),
             "seed": config.train.seed,
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> None:
     fields = timing.environment(command)
     out = pathlib.Path(_OUT.value)
     n_rows = 0
-    for folder in common.find_runs(arguments):
+    for folder in run_files.find_runs(arguments):
         for row in measure(folder, lengths):
             timing.write_rows(out, [row | fields])
             n_rows += 1

@@ -75,7 +75,7 @@ def read_hf_llama(folder: pathlib.Path, workdir: pathlib.Path) -> None:
         {field: value for field, value in overrides.items() if field.startswith("model.")}
     )
     config.train.ema_decay = 0.0
-    model = build_model(config.model)
+    model = build_model(config.model, common.mixers())
     hf_llama.require_tensors(model, found)
     tokenizer = tokenizer_files.find_tokenizer(folder)
     if tokenizer and "data.tokenizer" not in overrides:
@@ -98,8 +98,8 @@ def write_hf_llama(folder: pathlib.Path) -> None:
 
     from longctx_jax.conversion import hf_config, hf_llama, runs, tokenizer_files
     from longctx_jax.conversion import safetensors_files as files
+    from longctx_jax.runs.evaluate import eval_cache_len
     from longctx_jax.training.start import write_json
-    from scripts import assembly
 
     if _overrides():
         raise common.UsageError(
@@ -107,11 +107,11 @@ def write_hf_llama(folder: pathlib.Path) -> None:
             "fields out"
         )
     runs.require_new(folder, "--path")
-    run = assembly.restore_run(WORKDIR.value, STEP.value)
+    run = common.restore_run(WORKDIR.value, STEP.value)
     tokenizer = pathlib.Path(run.config.data.tokenizer)
     given = hf_config.hf_config(
         run.model.config,
-        context_len=assembly.eval_cache_len(run.config),
+        context_len=eval_cache_len(run.config),
         dtype=DTYPE.value,
         **_special_ids(run.config),
     )
@@ -136,7 +136,6 @@ def change_scheme(scheme: str, workdir: pathlib.Path) -> None:
     from configs import from_run
     from longctx_jax.conversion import runs, schemes
     from longctx_jax.models import build_model
-    from scripts import assembly
 
     if config_flags.get_config_filename(flags.FLAGS["config"]) != DEFAULT_CONFIG:
         raise common.UsageError(
@@ -144,13 +143,13 @@ def change_scheme(scheme: str, workdir: pathlib.Path) -> None:
             "--config.field=value alone"
         )
     runs.require_new(workdir)
-    run = assembly.restore_run(FROM.value, STEP.value)
+    run = common.restore_run(FROM.value, STEP.value)
     config = from_run.get_config(FROM.value)
     fields = schemes.scheme_fields(scheme, run.model.config)
     config.update_from_flattened_dict({f"model.{name}": fields[name] for name in fields})
     config.update_from_flattened_dict(_overrides())
     config.train.init_from, config.train.ema_decay = "", 0.0
-    target = build_model(config.model)
+    target = build_model(config.model, common.mixers())
     moved = schemes.transfer(run.model.config, run.variables, target, jax.random.key(SEED.value))
     runs.write_run(workdir, config, moved.variables)
     print(f"wrote {workdir}: {_size(moved.variables['params'])}, step 0")

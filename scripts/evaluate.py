@@ -14,9 +14,9 @@ from typing import Any
 
 from absl import flags
 
+from longctx_jax import run_files
 from scripts import common
 
-EVALUATIONS_FILE = "evaluations.jsonl"
 WORKDIR = common.workdir_flag()
 STEP = flags.DEFINE_integer("step", -1, "Checkpoint to evaluate; -1 = the newest.")
 SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
@@ -54,7 +54,7 @@ def watch() -> None:
     """Evaluates checkpoints as they come, newest first, and keeps the results."""
     from longctx_jax.training.watching import steps_as_they_come
 
-    path = pathlib.Path(WORKDIR.value) / EVALUATIONS_FILE
+    path = pathlib.Path(WORKDIR.value) / run_files.EVALUATIONS
     for step in steps_as_they_come(WORKDIR.value, path, POLL_SECONDS.value, SPLIT.value):
         line = json.dumps(evaluate_step(step))
         with path.open("a") as file:
@@ -65,15 +65,15 @@ def watch() -> None:
 def evaluate_step(step: int) -> dict[str, Any]:
     """Restores a step of the run, -1 = the newest, and streams the split through it."""
     from longctx_jax import data
-    from scripts import assembly
+    from longctx_jax.runs.evaluate import evaluate_split
 
-    run = assembly.restore_run(WORKDIR.value, step)
+    run = common.restore_run(WORKDIR.value, step)
     config = run.config
     config.eval.batch_size = BATCH_SIZE.value or config.eval.batch_size
     config.eval.cache_len = CACHE_LEN.value or config.eval.cache_len
     config.data.data_dir = DATA_DIR.value or config.data.data_dir
     stream = data.load_source(config.data)[SPLIT.value]
-    result = assembly.evaluate_split(
+    result = evaluate_split(
         config, run.model, run.variables, stream, max_bytes=MAX_BYTES.value, show_progress=True
     )
     named = {"data": config.data.name, "split": SPLIT.value}

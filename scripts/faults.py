@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     """Injects, prints the table, keeps it."""
     del arguments
     from longctx_jax.benchmarking.faults import FAULTS, Outcome, Victims
-    from scripts import assembly  # noqa: F401  what a run imports, before it is forked
+    from longctx_jax.runs import evaluate, sample, train  # noqa: F401  before it is forked
 
     unknown = [name for name in _FAULTS.value if name not in FAULTS]
     if unknown:

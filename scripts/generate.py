@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     from longctx_jax import data
     from longctx_jax.decoding import generate
     from longctx_jax.decoding.sampling import Sampling
-    from scripts import assembly
+    from longctx_jax.runs.evaluate import eval_cache_len
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
     texts = [os.fsencode(p) for p in PROMPT.value]  # any bytes, valid UTF-8 or not
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
             texts.append(file.read())
     if not texts:
         raise common.UsageError("a prompt is needed: got none; give --prompt='...'")
-    run = assembly.restore_run(WORKDIR.value, STEP.value)
+    run = common.restore_run(WORKDIR.value, STEP.value)
     tokenizer = data.build_tokenizer(run.config.data.tokenizer, run.config.data.data_dir)
     start = time.monotonic()
     tokens = generate(
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         max_new_tokens=MAX_NEW_TOKENS.value,
         key=jax.random.key(SEED.value),
         sampling=sampling,
-        cache_len=CACHE_LEN.value or assembly.eval_cache_len(run.config),
+        cache_len=CACHE_LEN.value or eval_cache_len(run.config),
     )
     seconds = time.monotonic() - start
     for text, row in zip(texts, tokens, strict=True):

@@ -104,10 +104,13 @@ def main(arguments: list[str]) -> None:
         )
     import jax
 
-    from longctx_jax.benchmarking import memory_report, timing
+    from longctx_jax.accounting import report as memory_report
+    from longctx_jax.benchmarking import timing
     from longctx_jax.models import build_model
 
-    models = {name: build_model(config.model) for name, config in configs.items()}
+    mixers = common.mixers()
+
+    models = {name: build_model(config.model, mixers) for name, config in configs.items()}
     setting = memory_report.Setting(_BATCH_SIZE.value, _PIECE_LEN.value, _WEIGHT_DTYPE.value)
     options = {"is_measured": _MEASURE.value}
     parts = [memory_report.program_rows(models, contexts, setting, **options)]

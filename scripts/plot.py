@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+from longctx_jax import run_files
 from longctx_jax.benchmarking import plots
 from longctx_jax.training import metrics
 from scripts import common
@@ -36,10 +37,10 @@ def load_runs(folders: Sequence[pathlib.Path]) -> dict[str, list[dict[str, Any]]
         n_parts += 1
     runs = {}
     for path in paths:
-        records = metrics.read_records(path / metrics.METRICS_FILE)
+        records = metrics.read_records(path / run_files.METRICS)
         if not records:
             raise ValueError(
-                f"a run must have metric records: {path / metrics.METRICS_FILE} is empty; "
+                f"a run must have metric records: {path / run_files.METRICS} is empty; "
                 "wait for its first config.log.every steps"
             )
         runs[os.path.join(*path.parts[-n_parts:])] = records
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
     """Reads, draws, writes."""
     if not arguments:
         raise common.UsageError("scripts.plot needs a run: got none; name its work directory")
-    runs = load_runs(common.find_runs(arguments))
+    runs = load_runs(run_files.find_runs(arguments))
     figure = plots.draw_training_curves(runs, x=_X.value, y=_Y.value, panel=_PANEL.value)
     out = pathlib.Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import flags
 
+from longctx_jax import run_files
 from scripts import common
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Runs, or folders of runs.", required=True)
@@ -63,16 +64,16 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
 
     from longctx_jax import data
     from longctx_jax.evaluation import recall
-    from scripts import assembly
+    from longctx_jax.runs.evaluate import warn_of_other_segments
 
-    run = assembly.restore_run(str(folder), _STEP.value)
+    run = common.restore_run(str(folder), _STEP.value)
     config, model = run.config, run.model.config
     if config.data.name not in data.RECALL_NAMES:
         raise ValueError(
             f"scripts.recall needs a run trained on one of {data.RECALL_NAMES}: {folder} was "
             f"trained on config.data.name={config.data.name!r}; name another run"
         )
-    assembly.warn_of_other_segments(config, run.model)
+    warn_of_other_segments(config, run.model)
     fields = config.data.recall
     n_trained = config.data.seq_len // fields.segment_len - 1
     trained = {
@@ -131,7 +132,7 @@ def main(arguments: list[str]) -> None:
     fields = timing.environment(command)
     out = pathlib.Path(_OUT.value)
     n_rows = 0
-    for folder in common.find_runs(_WORKDIR.value):
+    for folder in run_files.find_runs(_WORKDIR.value):
         measured = [row | fields for row in measure(folder, lengths)]
         timing.write_rows(out, measured)
         n_rows += len(measured)

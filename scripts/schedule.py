@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     """Draws, prints."""
     del arguments
     from longctx_jax.benchmarking.schedule_figure import draw_schedule
-    from longctx_jax.models.diagonal import diagonal_cells
+    from longctx_jax.models.schedules.diagonal import diagonal_cells
 
     n_segments, n_layers, pattern_len = _SEGMENTS.value, _LAYERS.value, _PATTERN_LEN.value
     if n_layers % pattern_len:

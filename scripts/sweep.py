@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from longctx_jax import run_files
 from longctx_jax.training import launch as launchers
 from longctx_jax.training import sweep as sweeps
 from scripts import common
@@ -51,6 +52,12 @@ _SLURM: dict[str, flags.FlagHolder[Any]] = {
 }
 
 TRAIN = (sys.executable, "-m", "scripts.train")
+
+
+def train_command() -> tuple[str, ...]:
+    """Returns what starts a run, with the mixers that this sweep was given."""
+    mixers = ",".join(flags.FLAGS.mixers)
+    return (*TRAIN, f"--mixers={mixers}") if mixers else TRAIN
 
 
 def load_sweep(path: str) -> tuple[str, list[dict[str, Any]]]:
@@ -98,7 +105,7 @@ def report_failures(runs: Sequence[sweeps.Run], outcomes: dict[str, str]) -> boo
     bad = [run for run in runs if outcomes.get(run.name) in ("failed", "incomplete")]
     for run in bad:
         print(
-            f"\n{outcomes[run.name]}: {run.name}; the end of {run.workdir / sweeps.LOG_FILE}:\n"
+            f"\n{outcomes[run.name]}: {run.name}; the end of {run.workdir / run_files.LOG}:\n"
             f"{sweeps.log_tail(run)}\n  retry: {run.shell_command}",
             file=sys.stderr,
         )
@@ -185,7 +192,9 @@ def main(arguments: list[str]) -> int:
     base = _CONFIG.value or base
     workdir = pathlib.Path(_WORKDIR.value)
     settings = dict(map(sweeps.parse_setting, _SET.value))
-    runs = sweeps.plan_runs(overrides, workdir, base=base, settings=settings, command_prefix=TRAIN)
+    runs = sweeps.plan_runs(
+        overrides, workdir, base=base, settings=settings, command_prefix=train_command()
+    )
     check_fields(runs, base)
     sweeps.check_plan(runs, workdir)
     return launch(runs, workdir, choose_launcher(workdir), _DRY_RUN.value)

@@ -10,6 +10,7 @@ any number of devices, and trains nothing.
 """
 
 import json
+import sys
 
 from absl import flags
 
@@ -39,14 +40,18 @@ def main(arguments: list[str]) -> None:
     del arguments
     from longctx_jax import data
     from longctx_jax.models import build_model
+    from longctx_jax.runs.evaluate import evaluator
+    from longctx_jax.runs.sample import sampler
+    from longctx_jax.runs.train import train_data
     from longctx_jax.training.loop import train
     from longctx_jax.training.placement import place
+    from longctx_jax.training.plan import plan_here, run_line
     from longctx_jax.training.processes import is_main_process, start_processes
-    from scripts import assembly
 
-    config = CONFIG.value
+    config, mixers = CONFIG.value, common.mixers()
     if PLAN_ONLY.value:
-        assembly.print_plan(config, PLAN_DEVICES.value, PLAN_MEMORY_GB.value)
+        model = build_model(config.model, mixers)
+        print(plan_here(config, model, PLAN_DEVICES.value, PLAN_MEMORY_GB.value).table())
         return
     start_processes(
         DISTRIBUTED.value,
@@ -55,18 +60,20 @@ def main(arguments: list[str]) -> None:
         process_id=PROCESS_ID.value,
     )
     placement = place(config)
-    assembly.say_plan(config, placement)
-    model = placement.model(build_model(config.model))
+    model = build_model(config.model, mixers)
+    if is_main_process() and (line := run_line(config, model, placement)):
+        print(line, file=sys.stderr, flush=True)
+    model = placement.model(model)
     splits = data.load_source(config.data)
     rows = placement.local_rows(config.data.global_batch_size)
     record = train(
         config,
         WORKDIR.value,
         model,
-        assembly.train_data(config, splits, rows),
-        assembly.evaluator(config, model, splits, placement.put),
+        train_data(config, splits, rows),
+        evaluator(config, model, splits, placement.put),
         placement,
-        assembly.sampler(config),
+        sampler(config, model),
     )
     if is_main_process():
         print(json.dumps(record))

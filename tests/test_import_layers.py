@@ -17,9 +17,10 @@ SOURCES = [
 
 # layer -> what it may import of this project, besides COMMON: layers or single modules
 ANYTHING = {"longctx_jax"}
-COMMON = {"longctx_jax.typing", "longctx_jax.json_files"}
+COMMON = {"longctx_jax.typing", "longctx_jax.json_files", "longctx_jax.run_files"}
 ALLOWED = {
     "typing": set(),
+    "run_files": set(),
     "json_files": set(),
     "ops": {"longctx_jax.ops"},
     "nn": {"longctx_jax.ops", "longctx_jax.nn"},
@@ -48,6 +49,24 @@ ALLOWED = {
         "longctx_jax.ops",
         "longctx_jax.data",
     },
+    "accounting": {
+        "longctx_jax.accounting",
+        "longctx_jax.decoding.greedy",
+        "longctx_jax.training",
+        "longctx_jax.models",
+        "longctx_jax.nn",
+        "longctx_jax.ops",
+    },
+    "runs": {
+        "longctx_jax.runs",
+        "longctx_jax.training",
+        "longctx_jax.evaluation",
+        "longctx_jax.decoding",
+        "longctx_jax.models",
+        "longctx_jax.nn.contract",
+        "longctx_jax.nn.mixers",
+        "longctx_jax.data",
+    },
     "benchmarking": ANYTHING,
     "reporting": {
         "longctx_jax.reporting",
@@ -58,13 +77,14 @@ ALLOWED = {
     "conversion": {
         "longctx_jax.conversion",
         "longctx_jax.models",
+        "longctx_jax.nn.rotary_config",
         "longctx_jax.training.checkpoint",
         "longctx_jax.training.metrics",
         "longctx_jax.training.start",
         "longctx_jax.training.state",
         "longctx_jax.data",
     },
-    "configs": {"configs"},
+    "configs": {"configs", "longctx_jax.run_files"},
     "scripts": ANYTHING | {"scripts", "configs"},
 }
 # package -> the only files that may import it
@@ -76,13 +96,14 @@ ONLY_IN = {
 # layer -> packages it may not import, beyond what ONLY_IN says
 FORBIDDEN = {
     "typing": {"flax", "optax", "grain", "ml_collections"},
+    "run_files": {"jax", "flax", "optax", "numpy", "grain", "ml_collections"},
     "json_files": {"jax", "flax", "optax", "numpy", "grain", "ml_collections"},
     "ops": {"flax", "optax", "grain", "ml_collections"},
     "nn": {"optax", "grain", "ml_collections"},
     "models": {"optax", "grain", "ml_collections"},
     "data": {"flax", "optax"},
     "reporting": {"jax", "flax", "optax", "orbax", "grain", "ml_collections"},
-    "configs": {"jax", "flax", "optax", "numpy", "grain", "longctx_jax", "scripts"},
+    "configs": {"jax", "flax", "optax", "numpy", "grain", "scripts"},
 }
 
 
@@ -125,6 +146,86 @@ def test_imports_respect_the_layers(path):
     assert not extra, f"{layer} may not import {extra}; it may import {sorted(allowed)}"
     others = sorted(m for m in imported(path) if is_within(m, FORBIDDEN.get(layer, set())))
     assert not others, f"{layer} may not import {others}"
+
+
+def dotted(path):
+    """Returns the module's name as other files import it."""
+    parts = path.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in SOURCES}
+LOADERS = {"import_module", "leaf", "leaf_unsupported"}  # functions that load what a string names
+
+
+def loaded_by_string(path):
+    """Returns the modules of this project that a file names in strings and loads by them."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    if not LOADERS & {getattr(f, "id", getattr(f, "attr", "")) for f in calls}:
+        return set()
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    texts = {value for value in constants if isinstance(value, str)}
+    names = texts | {f"longctx_jax.ops.{text}" for text in texts}
+    return {name for name in names if name in MODULES}
+
+
+def arrows(path):
+    """Returns the files of this project that a file imports, or loads by their names."""
+    found = set()
+    for name in imported(path) | loaded_by_string(path):
+        while name and name not in MODULES:  # "a.b.function" -> "a.b"
+            name = name.rpartition(".")[0]
+        if name and MODULES[name] != path:
+            found.add(MODULES[name])
+    return found
+
+
+def circles(graph):
+    """Returns the strongly connected parts of two files or more (Tarjan 1972)."""
+    index, low, stack, on_stack, found = {}, {}, [], set(), []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        on_stack.add(node)
+        for other in graph.get(node, ()):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in on_stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            part = []
+            while not part or part[-1] != node:
+                part.append(stack.pop())
+                on_stack.discard(part[-1])
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_no_imports_run_in_a_circle():
+    found = circles({path: arrows(path) for path in SOURCES})
+    assert not found, [[names(path) for path in part] for part in found]
+
+
+def test_circles_are_found():
+    assert circles({1: {2}, 2: {3}, 3: {2}, 4: {1}}) == [[2, 3]]
+    assert circles({1: {2}, 2: {3}, 3: set()}) == []
+
+
+def test_kernels_are_loaded_by_the_dispatchers_of_their_ops_alone():
+    kernels = {path for path in SOURCES if path.name.startswith("pallas_")}
+    for path in set(SOURCES) - kernels:
+        if path.parts[-3] == "ops":
+            taken = {p.name for p in arrows(path) & kernels}
+            assert not taken or path.name == "select.py", f"{names(path)} loads {sorted(taken)}"
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

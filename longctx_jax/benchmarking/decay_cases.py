@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.benchmarking.timing import Case, Row
-from longctx_jax.nn.decay_attention import log_decays
+from longctx_jax.nn.mixers.decay import log_decays
 from longctx_jax.ops.attention import attention
 from longctx_jax.ops.decay import cost, decay_attention
 from longctx_jax.ops.decay.facts import Facts

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from longctx_jax.benchmarking import timing
-from longctx_jax.benchmarking.flops import mean_visible_keys
 from longctx_jax.benchmarking.roofline import Ceiling, floor_fields
+from longctx_jax.nn.costs import mean_visible_keys
 from longctx_jax.ops.decay.facts import Facts
 
 CHUNK_LEN = 64  # tokens

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.benchmarking import flops
+from longctx_jax.accounting import flops
 from longctx_jax.benchmarking.suites import (
     Limits,
     base_model,
@@ -24,11 +24,11 @@ from longctx_jax.benchmarking.suites import (
     variant,
 )
 from longctx_jax.benchmarking.timing import Case, Row
-from longctx_jax.models.base import Decoder
+from longctx_jax.decoding.greedy import prefill, token_loop
+from longctx_jax.models.decoder import Decoder
 
 PARTS = ("mixers", "stacks", "initial", "attention")
 KINDS = ("softmax", "sliding", "decay")
-PREFILL_LEN = 512  # tokens a call, the default of generate
 CONTEXT_LENS = (256, 1024, 4096, 16384)
 CPU_CONTEXT_LENS = (256, 1024, 4096)  # longer prefills take minutes a run there
 BATCH_SIZES = (1, 8)
@@ -105,30 +105,3 @@ def loop_case(prefilled: Case, model: Decoder, n_new: int) -> Case:
         return variables, *prefilled.function(variables, *rest)
 
     return Case(jax.jit(functools.partial(token_loop, model, n_new)), lambda _: start())
-
-
-def prefill(model: Decoder, variables, tokens: jax.Array, cache):
-    """Returns the logits [batch, vocab] after the last token, and the cache."""
-    piece = min(PREFILL_LEN, tokens.shape[1])
-    n_before = (tokens.shape[1] - 1) // piece  # pieces whose outputs nobody wants
-    pieces = tokens[:, : n_before * piece].reshape(tokens.shape[0], n_before, piece)
-
-    def step(cache, tokens):
-        return model.hidden(variables, tokens, cache, outputs="none").cache, None
-
-    cache, _ = jax.lax.scan(step, cache, jnp.moveaxis(pieces, 1, 0))
-    out = model.hidden(variables, tokens[:, n_before * piece :], cache, outputs="last")
-    return (out.hidden[:, 0] @ model.unembedding(variables)).astype(jnp.float32), out.cache
-
-
-def token_loop(model: Decoder, n_new: int, variables, logits: jax.Array, cache):
-    """Returns n_new most likely tokens [batch, n_new], each fed back, and the cache."""
-
-    def step(carry, _):
-        logits, cache = carry
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        out = model.apply(variables, token[:, None], cache)
-        return (out.logits[:, 0].astype(jnp.float32), out.cache), token
-
-    (_, cache), tokens = jax.lax.scan(step, (logits, cache), length=n_new)
-    return tokens.T, cache

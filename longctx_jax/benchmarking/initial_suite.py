@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.benchmarking import flops, roofline
+from longctx_jax.accounting import flops
+from longctx_jax.benchmarking import roofline
 from longctx_jax.benchmarking.decode_suite import cache_bytes, prefill, token_loop
 from longctx_jax.benchmarking.stack_suite import make_variables, weight_bytes
 from longctx_jax.benchmarking.suites import Limits, shape_fields
 from longctx_jax.benchmarking.timing import Case, Row, ratio_fields
-from longctx_jax.models import build_model, initial_cache
-from longctx_jax.models.base import Decoder
+from longctx_jax.models import build_model
+from longctx_jax.models.decoder import Decoder
+from longctx_jax.models.inattention import cache as cache_choice
 from longctx_jax.nn.kv_cache import KVCache
 
 NEAR = {"memory_position": "none", "score_position": "near"}
@@ -130,7 +132,7 @@ def read_bytes(model: Decoder, max_len: int) -> int:
     n_bytes = cache_bytes(model, 1, max_len)
     if model.config.name != "inattention":
         return n_bytes
-    kind = initial_cache.choose_cache(model.config, max_len)
+    kind = cache_choice.choose_cache(model.config, max_len)
     return n_bytes if kind == "kv" else n_bytes * model.config.n_layers
 
 
@@ -145,10 +147,10 @@ def step_flops(model: Decoder, n_past: int) -> float:
         return flops.forward_flops_per_token(config, 1, n_past=n_past)
     plain = flops.forward_flops_per_token(config, 1, n_past=0)
     heads, widths = config.n_heads, config.d_key + config.d_value
-    kind = initial_cache.choose_cache(config, n_past)
+    kind = cache_choice.choose_cache(config, n_past)
     memory, row = (
-        initial_cache.d_memory(config),
-        initial_cache.d_memory(config) + initial_cache.d_rotary(config),
+        cache_choice.d_memory(config),
+        cache_choice.d_memory(config) + cache_choice.d_rotary(config),
     )
     if kind == "kv":
         return flops.forward_flops_per_token(config, 1, n_past=n_past)
@@ -239,7 +241,7 @@ def _prefills(models: Mapping[str, Decoder], context_len: int, limits: Limits) -
 def _described(name: str, model: Decoder, context_len: int, max_len: int) -> Row:
     kind = "kv"
     if model.config.name == "inattention":
-        kind = initial_cache.choose_cache(model.config, max_len)
+        kind = cache_choice.choose_cache(model.config, max_len)
     return {
         "name": f"initial {name}",
         "variant": name,

@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.benchmarking import flops
+from longctx_jax.accounting import flops
 from longctx_jax.benchmarking.launches import count_launches
 from longctx_jax.benchmarking.suites import Limits, shape_fields, speed_fields, train_case
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models import build_model
-from longctx_jax.models.base import Decoder
-from longctx_jax.models.diagonal import diagonal_cells
-from longctx_jax.models.memory_cells import LayerCache, Rows
-from longctx_jax.models.recurrence_state import init_state, make_layers
+from longctx_jax.models.decoder import Decoder
+from longctx_jax.models.recurrent_memory.cells import LayerCache, Rows
+from longctx_jax.models.recurrent_memory.state import init_state, make_layers
+from longctx_jax.models.schedules.diagonal import diagonal_cells
 from longctx_jax.models.stack import layer_names
 from longctx_jax.nn.contract import Documents
 

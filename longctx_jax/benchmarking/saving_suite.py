@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx_jax.benchmarking import flops, suites, timing
+from longctx_jax.accounting import flops
+from longctx_jax.benchmarking import suites, timing
 from longctx_jax.benchmarking.suites import Limits
 from longctx_jax.benchmarking.timing import Row
 from longctx_jax.models import build_model

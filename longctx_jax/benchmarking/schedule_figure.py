@@ -5,7 +5,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from longctx_jax.models.diagonal import ramp_phases
+from longctx_jax.models.schedules.diagonal import ramp_phases
 
 USEFUL, IDLE, OFF = 2, 1, 0
 

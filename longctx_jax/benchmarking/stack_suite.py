@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx_jax.benchmarking import flops, roofline
+from longctx_jax.accounting import flops
+from longctx_jax.benchmarking import roofline
 from longctx_jax.benchmarking.decode_suite import cache_bytes, loop_case, prefill_case
 from longctx_jax.benchmarking.suites import Limits, shape_fields
 from longctx_jax.benchmarking.timing import Row, ratio_fields
 from longctx_jax.models import build_model
-from longctx_jax.models.base import Decoder
+from longctx_jax.models.decoder import Decoder
+from longctx_jax.nn.contract import Call
 
 SHARED = {"share_weights": True}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -122,8 +124,7 @@ def step_flops(model: Decoder, n_past: int) -> float:
         return flops.forward_flops_per_token(config, 1, n_past=n_past)
     n_layers = config.n_layers // config.stagformer.n_stacks
     one = dataclasses.replace(config, name="transformer", n_layers=n_layers)
-    past = {"n_past": n_past, "cache_len": 0, "pairs": "visible"}
-    cross = n_layers * flops.cross_flops(config, 1, **past)
+    cross = n_layers * flops.cross_flops(config, Call(1, n_past))
     return flops.forward_flops_per_token(one, 1, n_past=n_past) + cross
 
 

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.benchmarking import flops, timing, yardstick
+from longctx_jax.accounting import flops
+from longctx_jax.benchmarking import timing, yardstick
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models import build_model
-from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig, model_config
-from longctx_jax.models.diagonal import diagonal_cells
+from longctx_jax.models.decoder import Decoder
+from longctx_jax.models.schedules.diagonal import diagonal_cells
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import init_state
 from longctx_jax.training.step import make_train_step
@@ -148,7 +149,7 @@ def yardstick_case(config: Any, model: ModelConfig, batch_size: int, seq_len: in
     """Returns the yardstick's update at the same shape with the same optimizer settings."""
     names = ("n_layers", "d_model", "n_heads", "d_ff", "vocab_size", "dtype")
     shape = yardstick.Shape(
-        **{name: getattr(model, name) for name in names}, rope_theta=model.softmax.rope_theta
+        **{name: getattr(model, name) for name in names}, rope_theta=model.of("softmax").rope_theta
     )
     optim = config.optim
     _, schedule = make_optimizer(optim, config.train.n_steps)
@@ -188,7 +189,9 @@ def yardstick_differs(config: Any, model: ModelConfig) -> list[str]:
     differing = [f"model.{name}" for name, value in wanted.items() if getattr(model, name) != value]
     softmax = {"position": "rotary", "qk_norm": False}
     differing += [
-        f"model.softmax.{n}" for n, value in softmax.items() if getattr(model.softmax, n) != value
+        f"model.softmax.{n}"
+        for n, value in softmax.items()
+        if getattr(model.of("softmax"), n) != value
     ]
     return differing + (["optim.name"] if config.optim.name != "adamw" else [])
 

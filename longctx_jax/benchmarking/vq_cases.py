@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.benchmarking import flops
+from longctx_jax.accounting import flops
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.mixer_configs import VQConfig
-from longctx_jax.models.stack import MIXERS
-from longctx_jax.nn.contract import no_aux
+from longctx_jax.models.stack import make_mixer
+from longctx_jax.nn.contract import Call, no_aux
+from longctx_jax.nn.costs import mean_visible_keys
+from longctx_jax.nn.mixers.vq import VQConfig
 from longctx_jax.nn.mlp import dense
 from longctx_jax.nn.norms import RMSNorm
 from longctx_jax.ops.attention import attention
@@ -80,7 +81,7 @@ class Shape:
             d_value=2 * self.d_model if is_gated else self.d_key,
             mlp="none" if is_gated else "relu2",
             dtype=self.dtype,
-            vq=vq,
+            mixer_fields={"vq": vq},
         )
 
     def fields(self) -> Row:
@@ -128,7 +129,7 @@ class FullAttention(nn.Module):
         """As other mixers, without a cache."""
         del cache, documents, train
         model = self.model
-        is_gated = model.vq.gate == "silu"
+        is_gated = model.of("vq").gate == "silu"
         unit = model.d_key**-0.25
 
         def heads(name, n_heads, width):
@@ -156,8 +157,8 @@ def make_layer(form: str, shape: Shape) -> Layer:
     if form.startswith(SOFTMAX):
         return Layer(FullAttention(model, form.removeprefix(SOFTMAX)), shape.dtype)
     search = "xla" if form in ("linear", "quadratic") else "auto"
-    vq = dataclasses.replace(model.vq, implementation=form, search=search)
-    return Layer(MIXERS["vq"](dataclasses.replace(model, vq=vq)), shape.dtype)
+    model = model.with_fields_of("vq", implementation=form, search=search)
+    return Layer(make_mixer(model, "vq"), shape.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -266,16 +267,16 @@ def ideal_flops(form: str, shape: Shape, pass_name: str) -> int:
     search = 2 * model.n_kv_heads * shape.n_codes * shape.d_key
     if form.startswith(SOFTMAX):
         gate = 2 * model.d_model * model.d_value if shape.head_type == "shga" else 0
-        per_token = flops.softmax_flops(model, flops.mean_visible_keys(shape.seq)) + gate
+        per_token = flops.mixer_flops(model, "softmax", Call(shape.seq)) + gate
         search = 0
     elif form == "quadratic":
-        pairs = flops.mean_visible_keys(shape.seq)
-        without = dataclasses.replace(model.vq, use_table=False)
-        per_token = flops.vq_flops(dataclasses.replace(model, vq=without), shape.seq)
-        seen = flops.mean_visible_keys(shape.seq, 0, shape.window_len + 1)
+        pairs = mean_visible_keys(shape.seq)
+        without = model.with_fields_of("vq", use_table=False)
+        per_token = flops.mixer_flops(without, "vq", Call(shape.seq))
+        seen = mean_visible_keys(shape.seq, 0, shape.window_len + 1)
         per_token += 2 * model.n_heads * (pairs - seen) * (shape.d_key + model.d_value)
     else:
-        per_token = flops.vq_flops(model, shape.seq)
+        per_token = flops.mixer_flops(model, "vq", Call(shape.seq))
     if pass_name == "forward_backward":
         per_token = flops.TRAIN_FACTOR * per_token - (flops.TRAIN_FACTOR - 1) * search
     return round(shape.batch * shape.seq * per_token)

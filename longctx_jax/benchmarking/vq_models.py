@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.benchmarking import decode_suite, flops, timing
+from longctx_jax.accounting import flops
+from longctx_jax.benchmarking import decode_suite, timing
 from longctx_jax.benchmarking.suites import Limits, shape_fields, speed_fields, train_case
 from longctx_jax.benchmarking.timing import Case, Row
 from longctx_jax.benchmarking.vq_cases import HEADS
+from longctx_jax.decoding.greedy import token_loop
 from longctx_jax.models import build_model
-from longctx_jax.models.base import Decoder, ModelCache
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.mixer_configs import VQConfig
+from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.nn.kv_cache import KVCache
+from longctx_jax.nn.mixers.vq import VQConfig
 from longctx_jax.ops.vq import VQState
 
 BASELINE = "transformer"
@@ -89,7 +91,7 @@ def make_model(size: Sizes, head_type: str, form: str) -> Decoder:
         tie_embeddings=False,
         dtype=size.dtype,
         remat=size.remat,
-        vq=vq,
+        mixer_fields={"vq": vq},
     )
     return build_model(config)
 
@@ -200,7 +202,7 @@ def loop_case(model: Decoder, context_len: int, n_new: int) -> Case:
         logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
         return variables, logits, made_up_cache(model, context_len, n_new)
 
-    function = functools.partial(decode_suite.token_loop, model, n_new)
+    function = functools.partial(token_loop, model, n_new)
     return Case(jax.jit(function), lambda _: start(), keeps_output=False)
 
 

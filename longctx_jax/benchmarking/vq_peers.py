@@ -227,7 +227,7 @@ def _shared_fields(shape: Shape) -> dict[str, Any]:
         "n_layer": 1,
         "n_vocab": 256,
         "pe_abs": False,
-        "pe_lam": int(shape.model.vq.position_theta),
+        "pe_lam": int(shape.model.of("vq").position_theta),
         "p_dropsin": 0.0,
         "p_dropres": 0.0,
         "p_droplyr": 0.0,

@@ -118,7 +118,7 @@ def hf_config(model: ModelConfig, *, context_len: int, dtype: str, **ids: int) -
         **ids,
     }
     if "sliding" in kinds:
-        config["sliding_window"] = model.sliding.window_len
+        config["sliding_window"] = model.of("sliding").window_len
     if family == "llama":
         config["mlp_bias"] = False
     if family == "qwen3":
@@ -240,8 +240,8 @@ def _rope_scaling(attention: Any) -> dict[str, Any] | None:
 
 def _require_exportable(model: ModelConfig) -> None:
     """Raises ValueError unless a family computes what the model does."""
-    used = [getattr(model, kind) for kind in set(model.pattern) & {"softmax", "sliding"}]
-    first = used[0] if used else model.softmax
+    used = [model.of(kind) for kind in set(model.pattern) & {"softmax", "sliding"}]
+    first = used[0] if used else model.of("softmax")
     problems = [
         f"config.model.{field} is {value!r}, not {wanted!r}"
         for field, value, wanted in (

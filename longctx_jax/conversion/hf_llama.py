@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from longctx_jax.conversion.safetensors_files import DTYPES, TensorFile, read_float32
-from longctx_jax.models.base import Decoder
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.models.stack import layer_names, layer_places
 from longctx_jax.typing import PyTree
 

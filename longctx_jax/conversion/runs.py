@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from longctx_jax import run_files
 from longctx_jax.training.checkpoint import Checkpointer
-from longctx_jax.training.metrics import METRICS_FILE
-from longctx_jax.training.start import CONFIG_FILE, resolved, write_json
+from longctx_jax.training.start import resolved, write_json
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
 
@@ -45,5 +45,5 @@ def write_run(workdir: pathlib.Path, config: Any, variables: dict[str, PyTree]) 
     checkpointer.save(0, state, resolved(config))
     checkpointer.close()
     record = {"step": 0, "tokens": 0, "seconds": 0.0}
-    (workdir / METRICS_FILE).write_text(json.dumps(record) + "\n")
-    write_json(workdir / CONFIG_FILE, resolved(config))
+    (workdir / run_files.METRICS).write_text(json.dumps(record) + "\n")
+    write_json(workdir / run_files.CONFIG, resolved(config))

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx_jax.models.base import Decoder
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.rotary_config import RotaryConfig
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.models.stack import layer_names, layer_places
+from longctx_jax.nn.rotary_config import RotaryConfig
 from longctx_jax.typing import PRNGKey, PyTree
 
 SCHEMES = ("inattention", "decay", "recurrent_memory", "sliding")
@@ -101,7 +101,7 @@ def transfer(
         return match(source, given, target.config, fresh)
     backbone = target.backbone
     moved = match(source, given, backbone.config, backbone.init(key))
-    variables = target.add_memory(fresh, moved.variables)
+    variables = target.add_to_backbone(fresh, moved.variables)
     olds, news = layer_names(backbone.config), layer_names(target.config)
     names = {f"/{old}/": f"/{new}/" for old, new in zip(olds, news, strict=True)}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.decoding.sampling import Sampling, sample
-from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.typing import PRNGKey, PyTree
 
 

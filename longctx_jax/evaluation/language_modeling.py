@@ -18,7 +18,7 @@ import numpy as np
 
 from longctx_jax.data import RowBatches
 from longctx_jax.evaluation.recall import Place, evaluate_rows
-from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.nn.partition import everywhere
 from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree

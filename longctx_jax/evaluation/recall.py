@@ -19,7 +19,7 @@ import numpy as np
 from longctx_jax.data import RowBatches
 from longctx_jax.data.recall import targets_of, weights_of
 from longctx_jax.data.recall_tasks import Answer, Row, Task
-from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.nn.partition import everywhere
 from longctx_jax.ops.losses import bits_per_byte, token_nll
 from longctx_jax.typing import PyTree

@@ -1,9 +1,16 @@
 """The frozen form of `config.model`: hashable, validated, the only config that models see."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from longctx_jax.models.config_checks import (
+from flax.core import FrozenDict
+
+from longctx_jax.models.inattention.config import InAttentionConfig
+from longctx_jax.models.recurrent_memory.config import MemoryConfig
+from longctx_jax.models.schedules import SCHEDULES
+from longctx_jax.models.stagformer.config import StagFormerConfig
+from longctx_jax.nn.config_checks import (
     nearest_divisor,
     require_not_negative,
     require_one_of,
@@ -11,19 +18,8 @@ from longctx_jax.models.config_checks import (
     require_probability,
     require_types,
 )
-from longctx_jax.models.inattention_config import InAttentionConfig
-from longctx_jax.models.mixer_configs import (
-    MIXER_CONFIGS,
-    DecayConfig,
-    MambaConfig,
-    MemoryConfig,
-    RWKVConfig,
-    SlidingConfig,
-    SoftmaxConfig,
-    VQConfig,
-)
-from longctx_jax.models.schedules import SCHEDULES
-from longctx_jax.models.stagformer_config import StagFormerConfig
+from longctx_jax.nn.contract import Mixer
+from longctx_jax.nn.mixers import MIXERS
 from longctx_jax.nn.mlp import MLPS
 from longctx_jax.nn.norms import NORMS
 
@@ -35,7 +31,8 @@ REMAT_POLICIES = ("none", "dots", "full")
 class ModelConfig:
     """`config.model`, field by field (units and meanings in configs/base.py).
 
-    After construction the derived sizes are filled in: no zero means "derive" any more.
+    After construction the derived sizes are filled in: no zero means "derive" any more. The fields
+    of the mixers, `config.model.<kind>`, are `of(kind)`.
 
     Raises:
         ValueError: on contradictions, naming the field, its value and what to do.
@@ -67,15 +64,11 @@ class ModelConfig:
     layer_axis: str = ""
     sequence_axis: str = ""
     unroll: int = 1
-    softmax: SoftmaxConfig = SoftmaxConfig()
-    sliding: SlidingConfig = SlidingConfig()
-    decay: DecayConfig = DecayConfig()
-    vq: VQConfig = VQConfig()
-    rwkv: RWKVConfig = RWKVConfig()
-    mamba: MambaConfig = MambaConfig()
     memory: MemoryConfig = MemoryConfig()
     stagformer: StagFormerConfig = StagFormerConfig()
     inattention: InAttentionConfig = InAttentionConfig()
+    mixers: Mapping[str, Mixer] = FrozenDict(MIXERS)
+    mixer_fields: Mapping[str, Any] = FrozenDict()  # of each kind; missing ones are the defaults
 
     def __post_init__(self):
         require_types(self)
@@ -92,7 +85,7 @@ class ModelConfig:
         for field in ("dropout", "embed_dropout", "layer_drop"):
             require_probability(field, getattr(self, field))
         self._derive_widths()
-        self._require_heads()
+        self._fill_mixers()
         if self.layer_axis and self.schedule != "diagonal":
             raise ValueError(
                 "config.model.layer_axis spreads the diagonal schedule over devices: got "
@@ -107,6 +100,15 @@ class ModelConfig:
             )
         if self.recurrence != "none":
             self._require_memory()
+
+    def of(self, kind: str) -> Any:
+        """Returns the fields of a mixer, `config.model.<kind>`."""
+        return self.mixer_fields[kind]
+
+    def with_fields_of(self, kind: str, **changes: Any) -> "ModelConfig":
+        """Returns the config with other fields of a mixer."""
+        changed = dataclasses.replace(self.of(kind), **changes)
+        return dataclasses.replace(self, mixer_fields={**self.mixer_fields, kind: changed})
 
     def _require_memory(self):
         if self.segment_len not in (0, self.memory.segment_len):
@@ -138,30 +140,20 @@ class ModelConfig:
                 f"{nearest_divisor(self.d_model, self.memory.n_heads)}"
             )
 
-    def _require_heads(self):
-        """Raises ValueError unless the heads of the recurrent mixers in use divide their widths."""
-        mixers = (*self.pattern, self.memory.mixer)
-        head_len = self.rwkv.head_len
-        if "rwkv" in mixers and self.rwkv.version == 6 and head_len and self.d_model % head_len:
-            raise ValueError(
-                f"config.model.rwkv.head_len must divide d_model: got head_len={head_len}, "
-                f"d_model={self.d_model}; use {nearest_divisor(self.d_model, head_len)}, or 0 for "
-                "config.model.n_heads heads"
-            )
-        if "mamba" in mixers and self.mamba.version == 2:
-            width, head_len = self.mamba.expand * self.d_model, self.mamba.head_len
-            if width % head_len:
+    def _fill_mixers(self):
+        taken = {field.name for field in dataclasses.fields(self)} | {"armt"}
+        for kind in self.mixers:
+            if kind in taken or not kind.isidentifier():
                 raise ValueError(
-                    "config.model.mamba.head_len must divide expand * d_model: got "
-                    f"head_len={head_len}, {self.mamba.expand} * {self.d_model}; use "
-                    f"{nearest_divisor(width, head_len)}"
+                    "a mixer's name must be a word that no field of config.model has: got "
+                    f"{kind!r}; rename it"
                 )
-            if width // head_len % self.mamba.n_groups:
-                raise ValueError(
-                    "config.model.mamba.n_groups must divide the heads, expand * d_model / "
-                    f"head_len: got n_groups={self.mamba.n_groups}, {width // head_len} heads; use "
-                    f"{nearest_divisor(width // head_len, self.mamba.n_groups)}"
-                )
+        fields = {
+            kind: self.mixer_fields.get(kind, mixer.config()) for kind, mixer in self.mixers.items()
+        }
+        require_one_of("memory.mixer", self.memory.mixer, tuple(self.mixers))
+        object.__setattr__(self, "mixers", FrozenDict(self.mixers))
+        object.__setattr__(self, "mixer_fields", FrozenDict(fields))
 
     def _derive_widths(self):
         def fill(field, value):
@@ -195,15 +187,15 @@ class ModelConfig:
             return self.memory.kind
         return "armt" if "armt" in self.pattern else "none"
 
-    @property
-    def is_random(self) -> bool:
-        """Whether training draws random numbers."""
-        rates = (self.dropout, self.embed_dropout, self.layer_drop, self.vq.position_dropout)
-        return any(rate > 0.0 for rate in rates)
+    def with_pattern(self, default: tuple[str, ...], known: tuple[str, ...] = ()) -> "ModelConfig":
+        """Returns the config with `pattern` filled in and checked against n_layers.
 
-    def with_pattern(self, default: tuple[str, ...], known: tuple[str, ...]) -> "ModelConfig":
-        """Returns the config with `pattern` filled in and checked against n_layers."""
+        Args:
+            default: where the config has none.
+            known: kinds that it may hold; () = all mixers, and "armt".
+        """
         pattern = tuple(self.pattern) or default
+        known = known or (*self.mixers, "armt")
         for kind in pattern:
             require_one_of("pattern", kind, known)
         if self.n_layers % len(pattern):
@@ -215,29 +207,35 @@ class ModelConfig:
         return dataclasses.replace(self, pattern=pattern)
 
 
-def model_config(fields: Any) -> ModelConfig:
+def model_config(fields: Any, mixers: Mapping[str, Mixer] = MIXERS) -> ModelConfig:
     """Returns the frozen ModelConfig of a `config.model` ConfigDict (or any mapping).
+
+    Args:
+        fields: of `config.model`; a ModelConfig comes back as it is.
+        mixers: kinds that a pattern may name; each may have a group of fields.
 
     Raises:
         ValueError: if a field is unknown or has an impossible value.
     """
-    nested = {
-        **MIXER_CONFIGS,
+    if isinstance(fields, ModelConfig):
+        return fields
+    schemes = {
         "memory": MemoryConfig,
         "stagformer": StagFormerConfig,
         "inattention": InAttentionConfig,
     }
-    if isinstance(fields, ModelConfig):
-        return fields
-    values = {}
-    for name, value in dict(fields).items():
-        if name in nested and not isinstance(value, nested[name]):
+    groups = schemes | {kind: mixer.config for kind, mixer in mixers.items()}
+    fields = dict(fields)
+    _require_outside_mixers(fields.pop(OUTSIDE, ()), mixers)
+    values, of_mixers = {}, {}
+    for name, value in fields.items():
+        if name in groups and not isinstance(value, groups[name]):
             if not hasattr(value, "items"):
                 raise ValueError(
                     f"config.model.{name} must be a group of fields: got {value!r:.100}; write "
                     f"config.model.{name}.FIELD"
                 )
-            value = _construct(nested[name], f"{name}.", dict(value))
+            value = _construct(groups[name], f"{name}.", dict(value))
         elif name == "pattern":
             value = (value,) if isinstance(value, str) else value
             if not isinstance(value, tuple | list) or not all(isinstance(k, str) for k in value):
@@ -246,16 +244,46 @@ def model_config(fields: Any) -> ModelConfig:
                     "('decay', 'softmax'), or () for the model's own"
                 )
             value = tuple(value)
-        values[name] = value
-    return _construct(ModelConfig, "", values)
+        if name in mixers:
+            of_mixers[name] = value
+        else:
+            values[name] = value
+    values |= {"mixers": FrozenDict(mixers), "mixer_fields": FrozenDict(of_mixers)}
+    return _construct(ModelConfig, "", values, known=(*_plain_fields(), *mixers))
 
 
-def _construct(kind: type, prefix: str, values: dict[str, Any]) -> Any:
-    known = [field.name for field in dataclasses.fields(kind)]
+OUTSIDE = "outside_mixers"  # of config.model: names of mixers that are not this library's
+
+
+def _require_outside_mixers(named: Any, mixers: Mapping[str, Mixer]) -> None:
+    """Raises ValueError if a config was made for mixers that are not at hand.
+
+    Args:
+        named: "kind=package.module:NAME" of each; only shown, never imported.
+        mixers: those at hand.
+    """
+    missing = [text for text in named if str(text).partition("=")[0] not in mixers]
+    if missing:
+        places = ",".join(str(text).partition("=")[2] for text in missing)
+        raise ValueError(
+            "config.model needs mixers from outside this library: got none for "
+            f"{', '.join(map(str, missing))!r:.200}; if you trust that code, add "
+            f"--mixers={places:.200} to the command, or pass mixers={{**MIXERS, ...}} to "
+            "build_model"
+        )
+
+
+def _plain_fields() -> list[str]:
+    hidden = ("mixers", "mixer_fields")
+    return [f.name for f in dataclasses.fields(ModelConfig) if f.name not in hidden]
+
+
+def _construct(kind: type, prefix: str, values: dict[str, Any], known: Any = ()) -> Any:
+    named = [field.name for field in dataclasses.fields(kind)]
     for name in values:
-        if name not in known:
+        if name not in named:
             raise ValueError(
-                f"config.model.{prefix}{name} is not a field: known are {known}; "
+                f"config.model.{prefix}{name} is not a field: known are {list(known or named)}; "
                 "remove or rename it"
             )
     return kind(**values)

@@ -5,7 +5,6 @@ tree feeds `lax.scan` over depth, `vmap` over an anti-diagonal, and path rules f
 non-gradient state, for the mixers that have any.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,121 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.models.config import ModelConfig
-from longctx_jax.models.relay import axis_size
 from longctx_jax.models.schedules import run_stack
-from longctx_jax.nn.attention import SoftmaxAttention
+from longctx_jax.models.schedules.context_parallel import axis_size
+from longctx_jax.models.segments import run_in_segments
 from longctx_jax.nn.blocks import Block
-from longctx_jax.nn.contract import Aux, Documents
-from longctx_jax.nn.decay_attention import DecayAttention
-from longctx_jax.nn.kv_cache import lend, settle
-from longctx_jax.nn.mamba import Mamba
+from longctx_jax.nn.contract import Aux, Documents, Sizes
 from longctx_jax.nn.partition import spread_tokens
-from longctx_jax.nn.rwkv import RWKVTimeMix
-from longctx_jax.nn.vq_attention import VQAttention
+from longctx_jax.nn.ring_lending import lend, settle
 from longctx_jax.typing import PRNGKey, PyTree
-
-
-def _softmax_mixer(config: ModelConfig, window_len: int, kind: Any) -> SoftmaxAttention:
-    return SoftmaxAttention(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        d_key=config.d_key,
-        d_value=config.d_value,
-        window_len=window_len,
-        position=kind.position,
-        rope_theta=kind.rope_theta,
-        qk_norm=kind.qk_norm,
-        implementation=kind.implementation,
-        dtype=config.dtype,
-        output_scale=output_scale(config),
-        rope_scaling=kind.rotary_scaling,
-        norm_eps=config.norm_eps,
-    )
-
-
-def _decay_mixer(config: ModelConfig) -> DecayAttention:
-    return DecayAttention(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        d_key=config.d_key,
-        d_value=config.d_value,
-        kind=config.decay.kind,
-        depth=config.decay.depth,
-        n_layers=config.n_layers,
-        chunk_len=config.decay.chunk_len,
-        position=config.decay.position,
-        rope_theta=config.decay.rope_theta,
-        feature_map=config.decay.feature_map,
-        gate=config.decay.gate,
-        head_norm=config.decay.head_norm,
-        conv_len=config.decay.conv_len,
-        d_model=config.d_model,
-        implementation=config.decay.implementation,
-        dtype=config.dtype,
-        output_scale=output_scale(config),
-    )
-
-
-def _vq_mixer(config: ModelConfig) -> VQAttention:
-    return VQAttention(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        d_key=config.d_key,
-        d_value=config.d_value,
-        d_model=config.d_model,
-        **dataclasses.asdict(config.vq),
-        dtype=config.dtype,
-        output_scale=output_scale(config),
-    )
-
-
-def _rwkv_mixer(config: ModelConfig) -> RWKVTimeMix:
-    head_len = config.rwkv.head_len
-    return RWKVTimeMix(
-        version=config.rwkv.version,
-        n_heads=config.d_model // head_len if head_len else config.n_heads,
-        d_key=head_len or config.d_key,
-        d_value=head_len or config.d_value,
-        n_layers=config.n_layers,
-        shift_rank=config.rwkv.shift_rank,
-        decay_rank=config.rwkv.decay_rank,
-        chunk_len=config.rwkv.chunk_len,
-        d_model=config.d_model,
-        implementation=config.rwkv.implementation,
-        dtype=config.dtype,
-        output_scale=output_scale(config),
-    )
-
-
-def _mamba_mixer(config: ModelConfig) -> Mamba:
-    mamba = config.mamba
-    return Mamba(
-        version=mamba.version,
-        d_inner=mamba.expand * config.d_model,
-        d_state=mamba.d_state or (16 if mamba.version == 1 else 64),
-        head_len=mamba.head_len,
-        n_groups=mamba.n_groups,
-        step_rank=mamba.step_rank or -(-config.d_model // 16),
-        conv_len=mamba.conv_len,
-        chunk_len=mamba.chunk_len,
-        implementation=mamba.implementation,
-        dtype=config.dtype,
-        output_scale=output_scale(config),
-    )
-
-
-MIXERS = {
-    "softmax": lambda config: _softmax_mixer(config, 0, config.softmax),
-    "sliding": lambda config: _softmax_mixer(config, config.sliding.window_len, config.sliding),
-    "decay": _decay_mixer,
-    "vq": _vq_mixer,
-    "rwkv": _rwkv_mixer,
-    "mamba": _mamba_mixer,
-}
-
-
-STATEFUL = {"vq"}  # mixers with non-gradient state
-KINDS = (*MIXERS, "armt")  # of layers: "armt" is a block around memory.mixer, with a memory
 
 
 def call_module(
@@ -138,6 +30,21 @@ def call_module(
     """Returns module.apply of one parameter tree: no collection is ever mutable here."""
     variables = {"params": params, "model_state": state} if state else {"params": params}
     return module.apply(variables, *args, **options)
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    """Returns what the mixers may know of the model."""
+    return Sizes(
+        d_model=config.d_model,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        d_key=config.d_key,
+        d_value=config.d_value,
+        n_layers=config.n_layers,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+        norm_eps=config.norm_eps,
+    )
 
 
 def output_scale(config: ModelConfig) -> float:
@@ -150,7 +57,7 @@ def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
     """Returns one block a pattern position."""
     return tuple(
         Block(
-            mixer=MIXERS[mixer_kind(config, kind)](config),
+            mixer=make_mixer(config, mixer_kind(config, kind)),
             mlp=config.mlp,
             d_ff=config.d_ff,
             norm=config.norm,
@@ -166,14 +73,33 @@ def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
     )
 
 
+def make_mixer(config: ModelConfig, kind: str) -> nn.Module:
+    """Returns the module of a mixer; ValueError if its fields and the model's sizes do not fit."""
+    return config.mixers[kind].build(sizes_of(config), config.of(kind))
+
+
 def mixer_kind(config: ModelConfig, kind: str) -> str:
     """Returns the mixer inside a layer of this kind."""
     return config.memory.mixer if kind == "armt" else kind
 
 
+def mixers_in_use(config: ModelConfig) -> list[nn.Module]:
+    """Returns a module a pattern position, of those that are mixers of the registry."""
+    kinds = [mixer_kind(config, kind) for kind in config.pattern]
+    return [make_mixer(config, kind) for kind in kinds if kind in config.mixers]
+
+
 def has_state(config: ModelConfig) -> bool:
     """Returns whether the model has non-gradient state."""
-    return bool(STATEFUL & {mixer_kind(config, kind) for kind in config.pattern})
+    return any(hasattr(mixer, "update_state") for mixer in mixers_in_use(config))
+
+
+def is_random(config: ModelConfig) -> bool:
+    """Returns whether training draws random numbers."""
+    rates = (config.dropout, config.embed_dropout, config.layer_drop)
+    if any(rate > 0.0 for rate in rates):
+        return True
+    return any(getattr(mixer, "is_random", False) for mixer in mixers_in_use(config))
 
 
 def layer_names(config: ModelConfig) -> list[str]:
@@ -295,7 +221,6 @@ def run_segments(
     x, documents, *rest = stream
     seq = x.shape[1]
     segment_len = min(config.segment_len or _default_segment_len(config, seq), seq)
-    n_full = seq // segment_len
     wanted_back = caches is not None
     before, is_one_segment = caches, segment_len == seq
     if wanted_back and is_one_segment:  # nobody needs the new caches before all layers are done
@@ -307,7 +232,7 @@ def run_segments(
     stream = (x, documents, *rest)
 
     def run(stream, caches, first_segment):
-        return run_stack(
+        (y, *_), caches, aux = run_stack(
             cells,
             stacked,
             stream,
@@ -320,19 +245,9 @@ def run_segments(
             layer_axis=config.layer_axis,
             sequence_axis=config.sequence_axis,
         )
+        return y, caches, aux
 
-    def segments(leaf, start, n, length):  # [batch, seq, ...] -> [n, batch, length, ...]
-        leaf = leaf[:, start : start + n * length]
-        return jnp.moveaxis(leaf.reshape(leaf.shape[0], n, length, *leaf.shape[2:]), 1, 0)
-
-    head = jax.tree.map(lambda leaf: segments(leaf, 0, n_full, segment_len), stream)
-    (y, *_), caches, aux = run(head, caches, 0)
-    y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])
-    if tail_len := seq - n_full * segment_len:
-        tail = jax.tree.map(lambda leaf: segments(leaf, seq - tail_len, 1, tail_len), stream)
-        (last, *_), caches, tail_aux = run(tail, caches, n_full)
-        y = jnp.concatenate([y, last[0]], axis=1)
-        aux = jax.tree.map(jnp.add, aux, tail_aux)
+    y, caches, aux = run_in_segments(run, stream, caches, segment_len)
     if wanted_back and is_one_segment:
         caches = settle(before, caches)
     return y, caches if wanted_back else None, aux

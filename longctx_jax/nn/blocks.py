@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.nn.channel_mix import RWKVChannelMix
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.mlp import MLP
 from longctx_jax.nn.norms import EPS, make_norm
-from longctx_jax.nn.rwkv import RWKVChannelMix
 
 RECURRENT_MLPS = ("rwkv",)  # have a cache of their own
 

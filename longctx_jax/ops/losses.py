@@ -23,15 +23,6 @@ def token_nll(
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def cross_entropy_sum(
-    logits: Float[Array, "*batch vocab"],
-    targets: Int[Array, "*batch"],
-    weights: Float[Array, "*batch"],
-) -> Float[Array, ""]:
-    """Returns the weighted sum of token_nll, nats."""
-    return jnp.sum(token_nll(logits, targets) * weights)
-
-
 def chunked_token_nll(
     hidden: Float[Array, "batch seq model"],
     unembedding: Float[Array, "model vocab"],
@@ -74,11 +65,6 @@ def chunked_token_nll(
     if head == seq:
         return nll
     return jnp.concatenate([nll, chunk_nll(hidden[:, head:], targets[:, head:])], axis=1)
-
-
-def z_loss(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
-    """Returns (log sum exp logits)^2 a token, the regulariser that keeps normalisers near 1."""
-    return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:

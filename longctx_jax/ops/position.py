@@ -189,17 +189,3 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
     Source: Press et al. (2022), arXiv 2108.12409; theirs for powers of two.
     """
     return 2.0 ** (-8.0 * np.arange(1, n_heads + 1) / n_heads)
-
-
-def relative_shift(
-    scores: Float[Array, "*batch seq offsets"],
-) -> Float[Array, "*batch seq offsets"]:
-    """Returns scores indexed by key instead of by distance (Transformer-XL, appendix B).
-
-    Input column c of a row holds the score of distance (offsets - 1 - c); output column s holds
-    the score of key s, for query t at key index s = t + offsets - seq. Columns after the query
-    hold leftovers and must be masked by the caller.
-    """
-    *batch, seq, offsets = scores.shape
-    padded = jnp.pad(scores, [(0, 0)] * len(batch) + [(0, 0), (1, 0)])
-    return padded.reshape(*batch, offsets + 1, seq)[..., 1:, :].reshape(*batch, seq, offsets)

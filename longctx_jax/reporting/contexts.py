@@ -11,17 +11,17 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from longctx_jax import run_files
 from longctx_jax.reporting import files
 from longctx_jax.reporting.runs import Run
 from longctx_jax.reporting.tables import RunCell, Table, value_text
-from longctx_jax.training.metrics import METRICS_FILE, SAMPLES_FILE
 from longctx_jax.training.sweep import PLAN_FILE
 
 MAX_FILES = 50
 MAX_FILE_BYTES = 8 * 2**20
 MAX_CURVES = 200
 MAX_LENGTHS = 20  # columns of the table
-_OTHER_FILES = (METRICS_FILE, SAMPLES_FILE)
+_OTHER_FILES = (run_files.METRICS, run_files.SAMPLES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,9 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from longctx_jax.training.metrics import METRICS_FILE
-from longctx_jax.training.sweep import DONE_FILE
+from longctx_jax import run_files
 
-CONFIG_FILE = "config.json"  # as longctx_jax.training.start names it, which imports jax
-RUN_FILES = (METRICS_FILE, CONFIG_FILE, DONE_FILE)
+RUN_FILES = (run_files.METRICS, run_files.CONFIG, run_files.DONE)
 MAX_DEPTH = 2
 
 

@@ -12,10 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from longctx_jax import run_files
 from longctx_jax.reporting import files
-from longctx_jax.reporting.discovery import CONFIG_FILE
-from longctx_jax.training.metrics import METRICS_FILE, SAMPLES_FILE
-from longctx_jax.training.sweep import DONE_FILE, LOG_FILE
 
 RUNNING_S = 600  # a run that wrote metrics this recently counts as running
 MAX_METRIC_NAMES = 500
@@ -71,16 +69,18 @@ def load_run(folder: pathlib.Path, name: str, now_s: float) -> Run:
         name: for the page.
         now_s: seconds since the epoch; a run that wrote shortly before is running.
     """
-    config, config_notes = files.read_object(folder / CONFIG_FILE)
+    config, config_notes = files.read_object(folder / run_files.CONFIG)
     fields = flatten(config)
-    lines, metric_notes = files.read_lines(folder / METRICS_FILE)
+    lines, metric_notes = files.read_lines(folder / run_files.METRICS)
     records, record_notes = _records(lines)
-    is_done = (folder / DONE_FILE).exists()
-    done, done_notes = files.read_object(folder / DONE_FILE) if is_done else ({}, [])
-    samples, sample_notes = _samples(folder / SAMPLES_FILE)
+    is_done = (folder / run_files.DONE).exists()
+    done, done_notes = files.read_object(folder / run_files.DONE) if is_done else ({}, [])
+    samples, sample_notes = _samples(folder / run_files.SAMPLES)
     status, status_notes = _status(folder, done, now_s)
     if len(fields) > MAX_CONFIG_FIELDS:
-        config_notes.append(f"{CONFIG_FILE}: only the first {MAX_CONFIG_FIELDS} fields are shown")
+        config_notes.append(
+            f"{run_files.CONFIG}: only the first {MAX_CONFIG_FIELDS} fields are shown"
+        )
     notes = config_notes + metric_notes + record_notes + done_notes + sample_notes + status_notes
     evaluation = done.get("eval")
     return Run(
@@ -135,7 +135,7 @@ def _records(lines: list[dict]) -> tuple[list[Record], list[str]]:
     ]
     notes = []
     if len(records) < len(lines):
-        notes.append(f"{METRICS_FILE}: {len(lines) - len(records)} records have no step")
+        notes.append(f"{run_files.METRICS}: {len(lines) - len(records)} records have no step")
     names = dict.fromkeys(name for record in records for name in record)
     if len(names) > MAX_METRIC_NAMES:
         kept = set(list(names)[:MAX_METRIC_NAMES])
@@ -179,13 +179,13 @@ def _status(folder: pathlib.Path, done: dict, now_s: float) -> tuple[str, list[s
     """The state of the run, and for a failed one the last line of its log."""
     if done.get("is_finished") is True:
         return "finished", []
-    log = files.read_tail(folder / LOG_FILE, _TAIL_BYTES)
+    log = files.read_tail(folder / run_files.LOG, _TAIL_BYTES)
     attempt = log[log.rfind("\n$ ") + 1 :].splitlines()  # a sweep starts each one with its command
     errors = [line for line in attempt if _ERROR.match(line)]
     if errors:
         return "failed", [f"the log ends with: {errors[-1][:1000]}"]
     try:
-        age_s = now_s - (folder / METRICS_FILE).stat().st_mtime
+        age_s = now_s - (folder / run_files.METRICS).stat().st_mtime
     except OSError:
         return "unfinished", []
     return ("running" if age_s < RUNNING_S else "unfinished"), []

@@ -25,13 +25,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from longctx_jax import run_files
 from longctx_jax.training.checksums import checksums
 from longctx_jax.typing import PyTree
 
 FORMAT = 2
 META_MAX_BYTES = 64_000_000  # of a description; a large one has some 100,000
 BYTES_BESIDE_ARRAYS = 1 << 20  # of a checkpoint: descriptions, and room to rename
-FOLDER = "checkpoints"
 DAMAGED_FOLDER = "checkpoints_damaged"
 VERSIONED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -74,7 +74,7 @@ class Checkpointer:
                 "last checkpoint to resume"
             )
         self._workdir = pathlib.Path(workdir).absolute()
-        self._folder = self._workdir / FOLDER
+        self._folder = self._workdir / run_files.CHECKPOINTS
         self._is_read_only = is_read_only
         policies: list[policy.PreservationPolicy] = [policy.LatestN(keep_latest)]
         if keep_every:
@@ -281,7 +281,7 @@ class Checkpointer:
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Whether anything was ever saved in a work directory."""
-    folder = workdir / FOLDER
+    folder = workdir / run_files.CHECKPOINTS
     return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
 

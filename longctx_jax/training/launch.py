@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from longctx_jax import json_files
+from longctx_jax import json_files, run_files
 from longctx_jax.training import sweep
 
 SLURM_FOLDER = "slurm"  # of a sweep's folder: submitit's files and JOBS_FILE
@@ -93,7 +93,7 @@ class RunTask:
             number: signal.signal(number, lambda number, frame: received.append(number))
             for number in (signal.SIGTERM, warning)
         }
-        log_file = sweep.LOG_FILE if rank == 0 else f"log.{rank}.txt"
+        log_file = run_files.LOG if rank == 0 else f"log.{rank}.txt"
         # Slurm may signal the trainer, too, which knows SIGTERM alone: it inherits this mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {warning})
         process = sweep.start(self.run, log_file, self.folder)
@@ -225,7 +225,7 @@ def submit(
         _save_jobs(folder, {run.name: job.job_id for run, job in zip(waiting, jobs, strict=True)})
         number = jobs[0].job_id.partition("_")[0]
         report(f"submitted {len(waiting)} runs as job {number}")
-        report(f"  follow: squeue --job={number}; tail -f {workdir}/*/{sweep.LOG_FILE}")
+        report(f"  follow: squeue --job={number}; tail -f {workdir}/*/{run_files.LOG}")
         report(f"  stop:   scancel {number} (started runs save first)")
         report("  the same command again summarises, and submits what has ended unfinished")
     return outcomes | {run.name: "submitted" for run in waiting}

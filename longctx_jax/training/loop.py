@@ -20,8 +20,9 @@ from typing import Any
 import grain
 import jax
 
+from longctx_jax import run_files
 from longctx_jax.data import make_iterator
-from longctx_jax.models.base import Decoder
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.training.checkpoint import Checkpointer, Restored
 from longctx_jax.training.curriculum import cut_rows, row_len
 from longctx_jax.training.optimizer import make_optimizer
@@ -31,7 +32,6 @@ from longctx_jax.training.profiling import ProfilerWindow
 from longctx_jax.training.reporter import Reporter
 from longctx_jax.training.signals import Stop, stop_on_signals
 from longctx_jax.training.start import (
-    CONFIG_FILE,
     carried_cache_len,
     check_config,
     require_same_config,
@@ -41,7 +41,6 @@ from longctx_jax.training.start import (
 )
 from longctx_jax.training.state import TrainState, init_state
 from longctx_jax.training.step import make_train_step
-from longctx_jax.training.sweep import DONE_FILE
 from longctx_jax.training.watchdog import Watchdog
 from longctx_jax.training.workdir_lock import locked
 from longctx_jax.typing import PyTree
@@ -102,8 +101,8 @@ def train(
             run = _Run(config, workdir, model, data, evaluate, checkpointer, placement, sample)
             with contextlib.closing(run):
                 if is_main_process():  # the run is possible: claim the folder
-                    write_json(workdir / CONFIG_FILE, resolved(config))
-                    (workdir / DONE_FILE).unlink(missing_ok=True)
+                    write_json(workdir / run_files.CONFIG, resolved(config))
+                    (workdir / run_files.DONE).unlink(missing_ok=True)
                 return run.go(stop)
 
 
@@ -194,7 +193,7 @@ class _Run:
         if record["is_finished"]:
             record["eval"] = results or self._evaluate()
             if is_main_process():
-                write_json(self.workdir / DONE_FILE, record)
+                write_json(self.workdir / run_files.DONE, record)
         return record
 
     def _is_due(self, every: int) -> bool:
@@ -219,7 +218,7 @@ class _Run:
             )
 
         shapes = jax.eval_shape(fresh)
-        layout = self.placement.layout(self.config, shapes)
+        layout = self.placement.layout(self.config, self.model, shapes)
         if layout is not None:
             assert self.placement.mesh is not None
             self.shardings = layout.shardings(shapes, self.placement.mesh)

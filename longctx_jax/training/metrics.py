@@ -20,10 +20,8 @@ from typing import Any, Protocol, TextIO
 
 from absl import logging
 
-from longctx_jax import json_files
+from longctx_jax import json_files, run_files
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"  # prompts and what the model wrote to them
 MAX_BYTES = 1 << 27  # of a metrics.jsonl: about half a million records
 _RATE_RECORDS = 10  # the ETA uses the speed over this many console records
 _CONSOLE_ORDER = ("loss", "bits_per_byte", "tokens_per_s", "learning_rate", "grad_norm")
@@ -72,9 +70,9 @@ def make_writer(
     writers: list[MetricWriter] = []
     if wandb:  # first: it is the one that can fail
         writers.append(WandbWriter(folder, project=wandb_project, run_config=run_config))
-    writers.append(JsonLinesWriter(folder / METRICS_FILE, resume_step=resume_step or -1))
+    writers.append(JsonLinesWriter(folder / run_files.METRICS, resume_step=resume_step or -1))
     if tensorboard:
-        writers.append(TensorBoardWriter(folder / "tensorboard", resume_step=resume_step))
+        writers.append(TensorBoardWriter(folder / run_files.TENSORBOARD, resume_step=resume_step))
     writers.append(ConsoleWriter(n_steps))
     return CompositeWriter(*writers)
 

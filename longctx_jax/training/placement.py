@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx_jax.models import build_model
-from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.nn.partition import ROWS, TOKENS
 from longctx_jax.training.mesh import AXES, LAYER, SEQUENCE, Topology, choose_topology, make_mesh
 from longctx_jax.training.sharding import Layout, choose_layout
@@ -38,11 +38,11 @@ class Placement:
         """Returns the model with its layers or segments spread over their axes."""
         return spread_model(model, self.topology)
 
-    def layout(self, config: Any, state: TrainState) -> Layout | None:
+    def layout(self, config: Any, model: Decoder, state: TrainState) -> Layout | None:
         """Returns how config.mesh spreads a state of these shapes."""
         if self.mesh is None:
             return None
-        return choose_layout(config, self.topology, state, device_memory())
+        return choose_layout(config, model.config, self.topology, state, device_memory())
 
     def local_rows(self, n_rows: int) -> tuple[int, int]:
         """Returns the rows [first, stop) of a global batch that this process's devices hold."""

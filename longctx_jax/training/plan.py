@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from longctx_jax.models import build_model
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.training.mesh import Topology, choose_topology
 from longctx_jax.training.optimizer import make_optimizer
-from longctx_jax.training.placement import spread_model
+from longctx_jax.training.placement import Placement, device_memory, spread_model
 from longctx_jax.training.sharding import Layout, choose_layout
 from longctx_jax.training.start import carried_cache_len, check_config
 from longctx_jax.training.state import TrainState, init_state
@@ -65,10 +65,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: Any, n_devices: int, memory_bytes: int = 0) -> Plan:
+def make_plan(config: Any, model: Decoder, n_devices: int, memory_bytes: int = 0) -> Plan:
     """Returns the plan of a config for a number of devices, which need not be here.
 
     Args:
+        config: whole.
+        model: of config.model.
+        n_devices: to spread over.
         memory_bytes: of a device, for config.mesh.fsdp="auto"; 0 = unknown.
 
     Raises:
@@ -78,7 +81,7 @@ def make_plan(config: Any, n_devices: int, memory_bytes: int = 0) -> Plan:
         raise ValueError(f"a plan needs at least one device: got {n_devices}; give more")
     check_config(config)
     topology = choose_topology(config, n_devices)
-    model = spread_model(build_model(config.model), topology)
+    model = spread_model(model, topology)
     tx, _ = make_optimizer(config.optim, config.train.n_steps)
 
     def fresh():
@@ -92,9 +95,24 @@ def make_plan(config: Any, n_devices: int, memory_bytes: int = 0) -> Plan:
         )
 
     shapes = jax.eval_shape(fresh)
-    layout = choose_layout(config, topology, shapes, memory_bytes)
+    layout = choose_layout(config, model.config, topology, shapes, memory_bytes)
     rows = config.data.global_batch_size // topology.data
     return Plan(topology, layout, shapes, rows, config.data.seq_len // topology.sequence)
+
+
+def plan_here(config: Any, model: Decoder, n_devices: int = 0, memory_gb: float = 0.0) -> Plan:
+    """Returns `make_plan` with zeros filled in: the devices that are here, and their memory."""
+    memory = int(memory_gb * 1e9) or (0 if n_devices else device_memory())
+    return make_plan(config, model, n_devices or jax.device_count(), memory)
+
+
+def run_line(config: Any, model: Decoder, placement: Placement) -> str:
+    """Returns one line on how a run lies on its devices; "" where there was no choice."""
+    if placement.mesh is None:
+        return ""
+    plan = make_plan(config, model, placement.topology.n_devices, device_memory())
+    kind, n = jax.devices()[0].device_kind, jax.process_count()
+    return f"{plan.line()} ({kind}, {n} process{'es' * (n > 1)})"
 
 
 def _named(counts: dict[str, int]) -> dict[str, int]:

@@ -12,15 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from longctx_jax import run_files
 from longctx_jax.nn.contract import Mean
 from longctx_jax.ops.losses import NATS_PER_BIT
-from longctx_jax.training.metrics import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    CompositeWriter,
-    make_writer,
-    read_records,
-)
+from longctx_jax.training.metrics import CompositeWriter, make_writer, read_records
 from longctx_jax.training.processes import is_main_process
 from longctx_jax.training.step import STOP_VOTES, Metrics
 from longctx_jax.training.watchdog import StepTimes
@@ -72,7 +67,9 @@ class Reporter:
                 resume_step=step,
                 run_config=config.to_dict(),
             )
-            kept = [r["seconds"] for r in read_records(workdir / METRICS_FILE) if "seconds" in r]
+            kept = [
+                r["seconds"] for r in read_records(workdir / run_files.METRICS) if "seconds" in r
+            ]
             self._window.total_s = kept[-1] if kept else 0.0
 
     def close(self) -> None:
@@ -149,7 +146,7 @@ class Reporter:
     def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Appends what the model wrote to samples.jsonl."""
         if is_main_process():
-            with (self._workdir / SAMPLES_FILE).open("a") as file:
+            with (self._workdir / run_files.SAMPLES).open("a") as file:
                 for sample in samples:
                     file.write(json.dumps({"step": step, **sample}) + "\n")
 

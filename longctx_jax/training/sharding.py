@@ -16,7 +16,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from longctx_jax.models.base import ModelCache
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.decoder import ModelCache
+from longctx_jax.models.stack import layer_names, mixer_kind
 from longctx_jax.training.mesh import DATA, LAYER, MODEL, Topology
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
@@ -28,9 +30,7 @@ Rule = tuple[str, Axes]
 # rows after them, so that two products need one sum over "model".
 RULES: tuple[Rule, ...] = (
     (r"embed/(table|output)$", (MODEL, DATA)),  # [vocab, d_model]
-    (r"_rwkv/mlp/value/kernel$", (MODEL, DATA)),  # RWKV's channel mix: back to d_model
-    (r"mixer/(input|weights|step)/kernel$", (DATA, None)),  # Mamba: parts of unlike kinds, joined
-    (r"relative/kernel$", (DATA, MODEL)),  # of positions, a column a head's number
+    (r"/mlp/value/kernel$", (MODEL, DATA)),  # RWKV's channel mix: back to d_model
     (r"(query|key|value|receptance|gate|up)/kernel$", (DATA, MODEL)),
     (r"(out|down)/kernel$", (MODEL, DATA)),
 )
@@ -131,11 +131,14 @@ class Layout:
                 return
 
 
-def choose_layout(config: Any, topology: Topology, state: TrainState, memory_bytes: int) -> Layout:
+def choose_layout(
+    config: Any, model: ModelConfig, topology: Topology, state: TrainState, memory_bytes: int
+) -> Layout:
     """Returns the layout that config.mesh asks for.
 
     Args:
         config: the whole config.
+        model: with its pattern filled in; its mixers may have rules of their own.
         state: shapes of the state.
         memory_bytes: of a device; 0 = unknown.
 
@@ -150,7 +153,17 @@ def choose_layout(config: Any, topology: Topology, state: TrainState, memory_byt
     limit = FSDP_SHARE * memory_bytes if memory_bytes else FSDP_BYTES
     use_fsdp = config.mesh.fsdp == "on" or (config.mesh.fsdp == "auto" and total > limit)
     rules = tuple(map(_parse_rule, config.mesh.rules))
-    return Layout(topology, use_fsdp and topology.data > 1, rules + RULES)
+    return Layout(topology, use_fsdp and topology.data > 1, rules + mixer_rules(model) + RULES)
+
+
+def mixer_rules(model: ModelConfig) -> tuple[Rule, ...]:
+    """Returns the rules that the model's mixers bring, each for the layers that it is in."""
+    rules = []
+    for name, kind in zip(layer_names(model), model.pattern, strict=True):
+        mixer = model.mixers.get(mixer_kind(model, kind))
+        for pattern, axes in mixer.rules if mixer else ():
+            rules.append((rf"/{re.escape(name)}/mixer/(.*/)?(?:{pattern})", axes))
+    return tuple(rules)
 
 
 def _parse_rule(text: str) -> Rule:

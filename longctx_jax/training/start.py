@@ -9,14 +9,13 @@ from typing import Any
 import jax
 from absl import logging
 
-from longctx_jax import json_files
+from longctx_jax import json_files, run_files
 from longctx_jax.models import build_model
-from longctx_jax.models.base import Decoder
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
 from longctx_jax.training.curriculum import check_curriculum
 from longctx_jax.training.state import TrainState
 
-CONFIG_FILE = "config.json"
 CONFIG_MAX_BYTES = 1_000_000  # one of a run has about 5,000
 # Fields that may change when a run is started again: they do not touch the state.
 FREE_FIELDS = (
@@ -46,14 +45,14 @@ def require_same_config(workdir: pathlib.Path, config: Any) -> None:
     Raises:
         ValueError: if it differs in a field that touches the state; names the fields.
     """
-    path = workdir / CONFIG_FILE
+    path = workdir / run_files.CONFIG
     if path.exists() and has_checkpoints(workdir):
         before = _flatten(read_config(path))
         now = _flatten(resolved(config))
         changed = {
             name: (before.get(name), now.get(name))
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
+            if before.get(name) != now.get(name) and not _is_new_and_off(name, before, now)
         }
         fixed = {n: v for n, v in changed.items() if not n.startswith(FREE_FIELDS)}
         if fixed:
@@ -64,6 +63,11 @@ def require_same_config(workdir: pathlib.Path, config: Any) -> None:
             )
         for name, (was, value) in changed.items():
             logging.warning("config.%s was %r and is %r from here on", name, was, value)
+
+
+def _is_new_and_off(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a field is one that earlier versions lack, and is off: 0, "" and () mean that."""
+    return name not in before and not now[name]
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} must be the config of a run: it lacks model or train.ema_decay; {remedy}"
         )
-    return config
+    return run_files.without_retired(config)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -105,7 +109,7 @@ def with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainSta
 
     A model with recurrent memory also takes those of a run without: its memory starts fresh.
     """
-    path = pathlib.Path(workdir) / CONFIG_FILE
+    path = pathlib.Path(workdir) / run_files.CONFIG
     if not (path.is_file() and has_checkpoints(pathlib.Path(workdir))):
         raise FileNotFoundError(
             f"config.train.init_from must be the folder of a run with a checkpoint: {workdir} has "
@@ -115,7 +119,8 @@ def with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainSta
     field = "ema" if given["train"]["ema_decay"] > 0 else "params"
     variables = {"params": state.params, "model_state": state.model_state}
     backbone = None
-    if model.backbone is not None and build_model(given["model"]).backbone is None:
+    other = build_model(given["model"], model.config.mixers)
+    if model.backbone is not None and other.backbone is None:
         backbone = jax.eval_shape(model.backbone.init, jax.random.key(0))
     wanted = variables if backbone is None else backbone
     template = {field: wanted["params"], "model_state": wanted["model_state"]}
@@ -129,7 +134,7 @@ def with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainSta
     logging.info("weights=%s from=%s step=%d", field, workdir, restored.step)
     taken = {"params": restored.state[field], "model_state": restored.state["model_state"]}
     if backbone is not None:
-        taken = model.add_memory(variables, taken)
+        taken = model.add_to_backbone(variables, taken)
     ema = jax.tree.map(lambda x: x.copy(), taken["params"]) if state.ema else {}
     return dataclasses.replace(state, ema=ema, **taken)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longctx_jax.models.base import Decoder
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.typing import PRNGKey, PyTree
 
 

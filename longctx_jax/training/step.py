@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longctx_jax.models.base import Decoder, ModelCache
+from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.nn.contract import Mean
 from longctx_jax.ops.losses import chunked_token_nll
 from longctx_jax.training.state import TrainState

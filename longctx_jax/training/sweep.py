@@ -21,10 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from longctx_jax import json_files
+from longctx_jax import json_files, run_files
 
-DONE_FILE = "DONE.json"
-LOG_FILE = "log.txt"
 PLAN_FILE = "sweep.json"
 MAX_NAME_LEN = 100  # characters of a run's name
 RESULT_COLUMNS = ("step", "split", "bits_per_byte", "nats_per_token", "tokens", "bytes")
@@ -176,7 +174,7 @@ def save_plan(runs: Sequence[Run], workdir: str | os.PathLike[str]) -> None:
 
 def result(run: Run) -> dict[str, Any] | None:
     """The flat final metrics of a finished run; None while it is not finished."""
-    done = _read_json(run.workdir / DONE_FILE)
+    done = _read_json(run.workdir / run_files.DONE)
     if not done:
         return None
     evaluation = done.get("eval")
@@ -227,7 +225,7 @@ def run_pool(
 
 
 def start(
-    run: Run, log_file: str = LOG_FILE, folder: str | os.PathLike[str] | None = None
+    run: Run, log_file: str = run_files.LOG, folder: str | os.PathLike[str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Starts the command, with its output appended to a file of the run's folder.
 
@@ -253,7 +251,7 @@ def start(
         )
 
 
-def log_tail(run: Run, n_lines: int = 15, log_file: str = LOG_FILE) -> str:
+def log_tail(run: Run, n_lines: int = 15, log_file: str = run_files.LOG) -> str:
     """The last lines of a run's log, indented."""
     path = run.workdir / log_file
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []

@@ -14,7 +14,8 @@ from typing import IO
 
 from absl import logging
 
-HANG_FILE = "hang.txt"
+from longctx_jax import run_files
+
 OUTLIER = 3.0  # a step this many times slower than the median is one
 LEAST_OUTLIER_S = 0.5  # steps faster than that never are
 N_RECENT = 101  # steps the median is of
@@ -37,7 +38,9 @@ class Watchdog:
         must_exit: bool = False,
     ):
         self._timeout_s, self._must_exit = timeout_s, must_exit
-        name = HANG_FILE.replace(".", f".{process_index}.") if process_index else HANG_FILE
+        name = (
+            run_files.HANG.replace(".", f".{process_index}.") if process_index else run_files.HANG
+        )
         self._path = workdir / name
         self._file: IO[str] | None = self._path.open("a") if timeout_s > 0 else None
 

@@ -6,8 +6,7 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-from longctx_jax.training.checkpoint import FOLDER
-from longctx_jax.training.sweep import DONE_FILE
+from longctx_jax import run_files
 
 
 def steps_as_they_come(
@@ -35,7 +34,7 @@ def steps_as_they_come(
         )
     last = max(_steps_done(results, split), default=-1)
     while True:
-        is_finished = (folder / DONE_FILE).exists()  # asked first: what is there then is all
+        is_finished = (folder / run_files.DONE).exists()  # asked first: what is there then is all
         newest = max(_saved_steps(folder), default=-1)
         if newest > last:
             last = newest
@@ -48,7 +47,7 @@ def steps_as_they_come(
 
 def _saved_steps(folder: pathlib.Path) -> list[int]:
     """Steps with a finished checkpoint: Orbax names a folder by its number when it is whole."""
-    parent = folder / FOLDER
+    parent = folder / run_files.CHECKPOINTS
     if not parent.is_dir():
         return []
     return [int(path.name) for path in parent.iterdir() if path.name.isdigit()]

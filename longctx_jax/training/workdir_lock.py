@@ -7,7 +7,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-LOCK_FILE = ".lock"
+from longctx_jax import run_files
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process trains there; says which.
     """
-    path = workdir / LOCK_FILE
+    path = workdir / run_files.LOCK
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

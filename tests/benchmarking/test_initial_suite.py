@@ -6,7 +6,7 @@ import pytest
 
 from longctx_jax.benchmarking import figures, initial_suite
 from longctx_jax.benchmarking.suites import Limits
-from longctx_jax.models.initial_cache import choose_cache
+from longctx_jax.models.inattention.cache import choose_cache
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from longctx_jax.benchmarking import figures, memory_suite
 from longctx_jax.benchmarking.launches import count_launches
 from longctx_jax.benchmarking.schedule_figure import IDLE, USEFUL, draw_schedule, step_grid
 from longctx_jax.benchmarking.suites import Limits
-from longctx_jax.models.diagonal import diagonal_cells
+from longctx_jax.models.schedules.diagonal import diagonal_cells
 
 
 def launches(function, *inputs):

@@ -11,7 +11,7 @@ from configs import base
 from longctx_jax.benchmarking import decode_suite, figures, saving_suite, suites
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
-from longctx_jax.models.diagonal import diagonal_cells
+from longctx_jax.models.schedules.diagonal import diagonal_cells
 
 QUICK = suites.Limits(n_runs=1, n_warmup=0, is_quick=True)
 QUICK_LOOP = suites.Limits(n_runs=1, is_quick=True, lengths=(8,))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx_jax.accounting import flops
 from longctx_jax.benchmarking import (
     figures,
-    flops,
     timing,
     vq_cases,
     vq_figures,
@@ -19,6 +19,7 @@ from longctx_jax.benchmarking import (
     vq_suite,
 )
 from longctx_jax.benchmarking.suites import Limits
+from longctx_jax.nn.contract import Call
 from longctx_jax.nn.kv_cache import KVCache
 
 TINY = vq_cases.Shape("shga", 1, 24, 32, 16, 8, 8, 8, "float32")
@@ -42,7 +43,7 @@ def test_flop_formula_against_the_compiler(head_type):
         return vq_cases.forward(layer, variables, x)[0]
 
     cost = jax.jit(run).lower(variables, x).compile().cost_analysis()
-    per_token = flops.vq_flops(shape.model, shape.seq, pairs="dense")
+    per_token = flops.mixer_flops(shape.model, "vq", Call(shape.seq, pairs="dense"))
     wanted = shape.seq * per_token + parameters_and_sinusoids(shape)
     # Beside matrix products the compiler counts exponentials, norms and masks.
     assert wanted < cost["flops"] < 1.15 * wanted
@@ -114,9 +115,14 @@ def test_sizes_by_platform():
     assert gpu.shape(seq=2048, head_type="mqa").model.n_kv_heads == 1
     assert vq_suite.setting("gpu", Limits(lengths=(512,))).lengths == (512,)
     model = cpu.shape(seq=1024).model
-    assert (model.n_heads, model.d_value, model.vq.gate) == (1, 512, "silu")
+    assert (model.n_heads, model.d_value, model.of("vq").gate) == (1, 512, "silu")
     model = gpu.shape(seq=1024, head_type="mha").model
-    assert (model.n_heads, model.n_kv_heads, model.d_value, model.vq.gate) == (6, 6, 128, "none")
+    assert (model.n_heads, model.n_kv_heads, model.d_value, model.of("vq").gate) == (
+        6,
+        6,
+        128,
+        "none",
+    )
 
 
 def test_quadratic_forms_are_bounded_and_linear_ones_are_not():

@@ -99,7 +99,7 @@ def test_what_a_scheme_adds_is_fresh():
 
 def test_a_long_window_computes_what_full_attention_did():
     source, given, target, moved = converted("sliding")
-    assert target.config.sliding.rotary_scaling == source.config.softmax.rotary_scaling
+    assert target.config.of("sliding").rotary_scaling == source.config.of("softmax").rotary_scaling
     tokens = jnp.arange(9)[None]
     logits = [m.apply(v, tokens).logits for m, v in ((source, given), (target, moved.variables))]
     assert_close(logits[1], logits[0], rel_rms=1e-6)

@@ -12,7 +12,8 @@ from longctx_jax.data.sentencepiece_training import train_model
 from longctx_jax.data.streams import concatenate
 from longctx_jax.models import build_model
 from longctx_jax.ops.losses import token_nll
-from scripts import assembly
+from longctx_jax.runs.evaluate import evaluate_split
+from longctx_jax.runs.train import train_data
 from tests.data.test_delimited_bytes import SampleStream
 from tests.tiny import tiny_config
 
@@ -58,7 +59,7 @@ def test_perplexity_per_word_is_the_published_one(scheme, kind, tmp_path):
         (tmp_path / "m.model").write_bytes(train_model(text, vocab_size=300))
     tokenizer, stream = data.build_tokenizer(name), concatenate("books", BOOKS)
     config, model, variables = model_for(scheme, tokenizer, data__seq_len=7, eval__batch_size=1)
-    result = assembly.evaluate_split(config, model, variables, stream, max_bytes=0)
+    result = evaluate_split(config, model, variables, stream, max_bytes=0)
     nats = nats_apart(model, variables, tokenizer, BOOKS, count_end=True)
     n_tokens = sum(tokenizer.encode(book).size + 1 for book in BOOKS)
     n_words = sum(len(book.split()) for book in BOOKS)
@@ -81,7 +82,7 @@ def test_each_sample_is_predicted_from_nothing_before(scheme, batch_size, seq_le
     config, model, variables = model_for(
         scheme, tokenizer, data__seq_len=seq_len, eval__batch_size=batch_size
     )
-    result = assembly.evaluate_split(config, model, variables, stream, max_bytes=0)
+    result = evaluate_split(config, model, variables, stream, max_bytes=0)
     samples = [sample.tobytes() for sample in stream.read(0, 60).reshape(5, 12)]
     nats = nats_apart(model, variables, tokenizer, samples, count_end=False)
     assert result["tokens"] == result["bytes"] == 60
@@ -94,9 +95,9 @@ def test_training_on_samples(seq_len, order):
     tokenizer = data.build_tokenizer("delimited_bytes")
     config, _, _ = model_for("decay", tokenizer, data__seq_len=seq_len, data__order=order)
     splits = data.Splits("samples", {"train": lambda: SampleStream(8)})
-    train_data = assembly.train_data(config, splits)
-    assert train_data.is_bytes
-    batch = train_data.dataset[0]
+    of_config = train_data(config, splits)
+    assert of_config.is_bytes
+    batch = of_config.dataset[0]
     is_aligned = (seq_len, order) == (12, "shuffled")
     assert (batch["tokens"][:, 0] == 256).all() == is_aligned
     assert ("segment_ids" not in batch) == is_aligned, "one sample a row needs no mask"

@@ -2,7 +2,7 @@
 
     python -m tests.models.recorded        # writes recorded.json anew
 
-A difference means that models, configs or checkpoints changed their meaning. Write it anew only when
+A difference means that models, configs or checkpoints changed their meaning. Write it anew only if
 that was intended, and say so in the commit.
 """
 

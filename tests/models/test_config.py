@@ -11,9 +11,12 @@ import pytest
 from configs import base
 from longctx_jax.models import build_model
 from longctx_jax.models.config import ModelConfig, model_config
-from longctx_jax.models.config_checks import nearest_divisor
-from longctx_jax.models.mixer_configs import MIXER_CONFIGS, MemoryConfig
-from longctx_jax.models.stack import MIXERS, layer_places
+from longctx_jax.models.inattention.config import InAttentionConfig
+from longctx_jax.models.recurrent_memory.config import MemoryConfig
+from longctx_jax.models.stack import layer_places
+from longctx_jax.models.stagformer.config import StagFormerConfig
+from longctx_jax.nn.config_checks import nearest_divisor
+from longctx_jax.nn.mixers import MIXERS
 from tests.helpers import assert_close, assert_trees_close, random_variables
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9), np.int32)
@@ -119,7 +122,6 @@ MISTAKES = [
         "config.model.mamba.n_groups must divide the heads, expand * d_model / head_len: got "
         "n_groups=3, 4 heads; use 2",
     ),
-    ({"vq": {"smoothing": "x"}}, "config.model.vq.smoothing must be one of ['clip', 'laplace']"),
 ]
 
 
@@ -131,19 +133,24 @@ def test_a_mistake_names_field_value_and_remedy(fields, message):
     assert "; " in str(error.value)  # what to do
 
 
-@pytest.mark.parametrize("name", ("", *MIXER_CONFIGS, "memory"))
+CONFIGS = {
+    "": ModelConfig,
+    "memory": MemoryConfig,
+    "stagformer": StagFormerConfig,
+    "inattention": InAttentionConfig,
+    **{kind: mixer.config for kind, mixer in MIXERS.items()},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_integer_is_checked(name):
-    kind = {"": ModelConfig, "memory": MemoryConfig, **MIXER_CONFIGS}[name]
+    kind = CONFIGS[name]
     for field in dataclasses.fields(kind):
         if field.type is int:
             message = f"config.model.{name + '.' if name else ''}{field.name} must be an integer"
             with pytest.raises(ValueError, match=message):
                 kind(**{field.name: 2.5})
             assert kind(**{field.name: np.int64(field.default)}) == kind()
-
-
-def test_every_mixer_has_its_config():
-    assert tuple(MIXER_CONFIGS) == tuple(MIXERS)
 
 
 def test_nearest_divisor():
@@ -185,14 +192,16 @@ def n_params(c, heads_of_layers):
         if kind == "decay":
             kv = c.n_kv_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (c.n_heads * (c.d_key + 2 * c.d_value) + kv) + c.d_value
-            mixer += c.decay.conv_len * c.d_model
-            mixer += (c.d_model + 1) * c.n_heads * (c.decay.kind == "gated")
+            mixer += c.of("decay").conv_len * c.d_model
+            mixer += (c.d_model + 1) * c.n_heads * (c.of("decay").kind == "gated")
         elif kind == "vq":
             kv = c.n_kv_heads * (c.d_key + c.d_value)
-            gate = c.n_heads * c.d_value * (c.vq.gate == "silu")
+            gate = c.n_heads * c.d_value * (c.of("vq").gate == "silu")
             mixer = c.d_model * (c.n_heads * (c.d_key + c.d_value) + kv + gate)
             mixer += c.d_key * (c.d_model * c.n_kv_heads + 2 * c.n_heads)  # positions
-            mixer += c.n_kv_heads * c.vq.codebook_size * (c.d_key + 1)  # codebook, not trained
+            mixer += (
+                c.n_kv_heads * c.of("vq").codebook_size * (c.d_key + 1)
+            )  # codebook, not trained
         elif kind == "rwkv":
             mixer = rwkv_params(c)
         elif kind == "mamba":
@@ -201,7 +210,7 @@ def n_params(c, heads_of_layers):
             query_and_out = c.n_heads * (c.d_key + c.d_value)
             mixer = c.d_model * (query_and_out + c.n_kv_heads * (c.d_key + c.d_value))
             if kind in ("softmax", "sliding"):
-                own = getattr(c, kind)
+                own = c.of(kind)
                 mixer += c.n_heads * 32 * (own.position == "relative") + 2 * c.d_key * own.qk_norm
         total += mixer + norm + (mlp + norm) * (c.mlp != "none")
     if c.name == "inattention":  # a gain, buckets of distance; the sinusoids' gain
@@ -216,16 +225,16 @@ def n_params(c, heads_of_layers):
 
 
 def rwkv_params(c):
-    if c.rwkv.version == 4:  # four matrices; three shares, decay and bonus
+    if c.of("rwkv").version == 4:  # four matrices; three shares, decay and bonus
         return 4 * c.d_model**2 + 5 * c.d_model
     keys, values = c.n_heads * c.d_key, c.n_heads * c.d_value
-    shift = (6 + 10 * c.rwkv.shift_rank) * c.d_model
-    decay = keys + c.rwkv.decay_rank * (c.d_model + keys)
+    shift = (6 + 10 * c.of("rwkv").shift_rank) * c.d_model
+    decay = keys + c.of("rwkv").decay_rank * (c.d_model + keys)
     return c.d_model * (2 * keys + 3 * values) + shift + decay + keys + 2 * values
 
 
 def mamba_params(c):
-    mamba, inner = c.mamba, c.mamba.expand * c.d_model
+    mamba, inner = c.of("mamba"), c.of("mamba").expand * c.d_model
     if mamba.version == 1:
         wide, gate_and_out = inner, 2 * c.d_model * inner
         steps = inner * (2 * mamba.step_rank + 2 * mamba.d_state + 1)

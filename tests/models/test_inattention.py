@@ -10,8 +10,9 @@ import pytest
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
 from longctx_jax.models import build_model
-from longctx_jax.models.initial_cache import choose_cache
-from longctx_jax.nn import initial_attention, initial_forms
+from longctx_jax.models.inattention.cache import choose_cache
+from longctx_jax.nn.inattention import attention as initial_attention
+from longctx_jax.nn.inattention import forms as initial_forms
 from longctx_jax.ops.position import relative_bucket
 from tests.helpers import assert_close, assert_trees_close, make_normal
 
@@ -260,7 +261,7 @@ def test_long_calls_in_segments(name, cache):
 @pytest.mark.parametrize("cache", ["embedding", pytest.param("ids", marks=pytest.mark.slow)])
 def test_a_stream_longer_than_the_cache(cache, monkeypatch):
     """With room for 6 tokens every query sees the last 6, at any split; ids also tile by tile."""
-    monkeypatch.setattr("longctx_jax.nn.initial_forms.TILE_LEN", 4)
+    monkeypatch.setattr("longctx_jax.nn.inattention.forms.TILE_LEN", 4)
     with jax.enable_x64(True):
         model, variables = make("default", cache)
 

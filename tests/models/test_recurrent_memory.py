@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx_jax.models import build_model, memory_cells
-from longctx_jax.models.base import Decoder
-from longctx_jax.models.memory_cells import surround
-from longctx_jax.models.recurrence_state import make_layers
+from longctx_jax.models import build_model
+from longctx_jax.models.decoder import Decoder
+from longctx_jax.models.recurrent_memory import cells
+from longctx_jax.models.recurrent_memory.cells import surround
+from longctx_jax.models.recurrent_memory.state import make_layers
 from longctx_jax.models.stack import call_module
 from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.norms import make_norm
@@ -296,7 +297,7 @@ def keys_of_blocks(model, variables, tokens, cache, monkeypatch):
             jax.debug.callback(lambda key: keys.append(tuple(key.tolist())), data)
         return call_module(module, params, *args, **options)
 
-    monkeypatch.setattr(memory_cells, "call_module", spy)
+    monkeypatch.setattr(cells, "call_module", spy)
     hidden = Decoder.hidden.__wrapped__  # not what is compiled already  # pyright: ignore
     options = {"rngs": {"dropout": jax.random.key(1)}, "train": True}
     jax.block_until_ready(jax.jit(lambda: hidden(model, variables, tokens, cache, **options))())

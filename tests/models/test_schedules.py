@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx_jax.models import build_model
-from longctx_jax.models.diagonal import diagonal_cells, ramp_phases
 from longctx_jax.models.schedules import SCHEDULES, run_stack
+from longctx_jax.models.schedules.diagonal import diagonal_cells, ramp_phases
 from tests.helpers import (
     assert_close,
     assert_trees_close,

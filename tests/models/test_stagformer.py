@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from longctx_jax.decoding import generate
-from longctx_jax.models import build_model, staggered
-from longctx_jax.models.lanes import place_stacks
-from longctx_jax.models.staggered_state import take_lane
+from longctx_jax.models import build_model
+from longctx_jax.models.stagformer import stacks
+from longctx_jax.models.stagformer.lanes import place_stacks
+from longctx_jax.models.stagformer.state import take_lane
 from longctx_jax.training.step import merge_cache_rows, split_cache_rows
 from tests.helpers import (
     assert_close,
@@ -28,10 +29,10 @@ DOCUMENTS = np.array([[0] * 4 + [1] * 7, [3] * 10 + [4]], np.int32)
 VARIANTS = {
     "separate": {},
     "shared": {"share_weights": True, "cross_window": 3},
-    "linear_map": {"cross_window": 1, "first_slot": "zero"},
-    "three": {"n_stacks": 3, "combine": "linear", "pass_embedding": True},
-    "passes": {"share_weights": True, "pass_embedding": True},
-    "three_shared": {"n_stacks": 3, "share_weights": True, "pass_embedding": True},
+    "linear_map": {"cross_window": 1},
+    "three": {"n_stacks": 3, "combine": "linear"},
+    "passes": {"share_weights": True},
+    "three_shared": {"n_stacks": 3, "share_weights": True},
     "memory": {"cross_cache": "memory", "cross_position": "none"},
     "four": {"n_stacks": 4, "combine": "linear", "cross_window": 2},
     "memory_window": {"cross_cache": "memory", "cross_position": "none", "cross_window": 4},
@@ -109,8 +110,6 @@ def run_stack(model, params, s, embedded, memory, start):
     stag, n = model.config.stagformer, model.config.n_layers // model.config.stagformer.n_stacks
     ((_, blocks),) = params["stack"].items()
     x, seq = embedded, len(embedded)
-    if stag.pass_embedding:
-        x = x * (1 + params["pass"]["gain"][s]) + params["pass"]["bias"][s]
     if memory is not None and stag.handoff == "add":
         x = x + memory
     token = np.arange(start, start + seq)
@@ -143,7 +142,7 @@ def definition(model, variables, tokens, start):
     for s in range(stag.n_stacks):
         if s > 0:
             first = np.zeros(WIDTH)
-            if stag.first_slot == "learned" and stag.stagger:
+            if stag.stagger:
                 first = params["handover"]["first"][s - 1]
             rows = outputs[-1]
             if stag.stagger:
@@ -363,7 +362,7 @@ def test_dropout_differs_between_stacks_not_between_calls():
 
     def outputs(train, seed=0):
         options = {"key": jax.random.key(seed) if train else None, "train": train}
-        return staggered._stack_after_stack(model.config, params, {}, x, None, None, **options)[0]
+        return stacks._stack_after_stack(model.config, params, {}, x, None, None, **options)[0]
 
     below, above = outputs(train=False)
     assert_close(above, below, rel_rms=1e-6)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx_jax.models.lanes import place_stacks
+from longctx_jax.models.stagformer.lanes import place_stacks
 from tests.models.test_stagformer import BATCH, SEQ, TOKENS, make, with_options
 
 

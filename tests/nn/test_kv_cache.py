@@ -9,19 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx_jax.nn.attention import SoftmaxAttention
-from longctx_jax.nn.contract import Documents, advance_documents
+from longctx_jax.nn.contract import Documents, Sizes, advance_documents
 from longctx_jax.nn.kv_cache import (
     KVCache,
     NewTokens,
-    at_layer,
     attend_ring,
     extend,
     init_kv_cache,
-    keep_whole,
-    lend,
-    settle,
 )
+from longctx_jax.nn.mixers.softmax import SoftmaxAttention, SoftmaxConfig
+from longctx_jax.nn.ring_lending import at_layer, keep_whole, lend, settle
 from longctx_jax.ops.attention import NEVER
 from tests.helpers import make_normal, random_variables, sub_jaxprs
 
@@ -128,19 +125,9 @@ def test_capacity(window_len, max_len, capacity):
 
 
 def make_mixer(window_len, implementation="auto"):
-    return SoftmaxAttention(
-        n_heads=2,
-        n_kv_heads=1,
-        d_key=4,
-        d_value=4,
-        window_len=window_len,
-        position="rotary",
-        rope_theta=100.0,
-        qk_norm=False,
-        implementation=implementation,
-        dtype="float32",
-        output_scale=1.0,
-    )
+    sizes = Sizes(d_model=8, n_heads=2, n_kv_heads=1, d_key=4, d_value=4)
+    config = SoftmaxConfig(rope_theta=100.0, implementation=implementation)
+    return SoftmaxAttention(sizes, config, window_len)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """MLP, embedding, mixers and block: shapes, parameter counts, formulas, dropout."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx_jax.models.config import MemoryConfig, ModelConfig
-from longctx_jax.models.memory_cells import make_associative
-from longctx_jax.nn.attention import SoftmaxAttention
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.recurrent_memory.cells import make_associative
+from longctx_jax.models.recurrent_memory.config import MemoryConfig
 from longctx_jax.nn.blocks import Block
-from longctx_jax.nn.decay_attention import DecayAttention, log_decays, log_decays_by_layer
+from longctx_jax.nn.contract import Sizes
 from longctx_jax.nn.embed import Embed
+from longctx_jax.nn.mixers import MIXERS
+from longctx_jax.nn.mixers.decay import log_decays, log_decays_by_layer
 from longctx_jax.nn.mlp import MLP
-from longctx_jax.nn.vq_attention import VQAttention
 from tests.helpers import assert_close, make_normal, random_variables, sub_jaxprs
 
 D_MODEL = 8
@@ -30,45 +32,22 @@ def n_elements(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def make_mixer(kind, sizes, fields, changes):
+    """Returns a mixer's module; changes go to the sizes or the fields that have such a name."""
+    names = {field.name for field in dataclasses.fields(Sizes)}
+    sizes = {"d_model": D_MODEL, **sizes, **{n: v for n, v in changes.items() if n in names}}
+    fields = {**fields, **{n: v for n, v in changes.items() if n not in names}}
+    return MIXERS[kind].build(Sizes(**sizes), MIXERS[kind].config(**fields))
+
+
 def make_decay(**changes):
-    fields = {
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "d_key": 4,
-        "d_value": 6,
-        "kind": "retnet",
-        "depth": "constant",
-        "n_layers": 4,
-        "chunk_len": 4,
-        "position": "rotary",
-        "rope_theta": 100.0,
-        "feature_map": "none",
-        "gate": "silu",
-        "head_norm": "rms",
-        "conv_len": 0,
-        "d_model": D_MODEL,
-        "implementation": "auto",
-        "dtype": "float32",
-        "output_scale": 1.0,
-    }
-    return DecayAttention(**{**fields, **changes})
+    sizes = {"n_heads": 2, "n_kv_heads": 2, "d_key": 4, "d_value": 6, "n_layers": 4}
+    return make_mixer("decay", sizes, {"chunk_len": 4, "rope_theta": 100.0}, changes)
 
 
 def make_softmax(**changes):
-    fields = {
-        "n_heads": 4,
-        "n_kv_heads": 2,
-        "d_key": 4,
-        "d_value": 6,
-        "window_len": 0,
-        "position": "rotary",
-        "rope_theta": 100.0,
-        "qk_norm": False,
-        "implementation": "auto",
-        "dtype": "float32",
-        "output_scale": 1.0,
-    }
-    return SoftmaxAttention(**{**fields, **changes})
+    sizes = {"n_heads": 4, "n_kv_heads": 2, "d_key": 4, "d_value": 6}
+    return make_mixer("softmax", sizes, {"rope_theta": 100.0}, changes)
 
 
 def count_params(mixer):
@@ -350,33 +329,18 @@ def test_layer_drop_leaves_out_whole_rows():
 
 
 def make_vq(**changes):
+    sizes = {"n_heads": 2, "n_kv_heads": 1, "d_key": 4, "d_value": 6}
     fields = {
-        "n_heads": 2,
-        "n_kv_heads": 1,
-        "d_key": 4,
-        "d_value": 6,
-        "d_model": D_MODEL,
         "codebook_size": 3,
         "window_len": 3,
         "block_len": 2,
         "reduction": "serial",
         "gate": "silu",
-        "position": "relative",
-        "position_dropout": 0.0,
         "position_theta": 100.0,
-        "use_table": True,
-        "grad_through_cache": True,
         "commitment": 1.0,
         "codebook_decay": 0.9,
-        "codebook_start": "sphere",
-        "smoothing": "clip",
-        "reseed_below": 0.0,
-        "implementation": "auto",
-        "search": "auto",
-        "dtype": "float32",
-        "output_scale": 1.0,
     }
-    return VQAttention(**{**fields, **changes})
+    return make_mixer("vq", sizes, fields, changes)
 
 
 def test_vq_attention_is_its_formula():

@@ -8,8 +8,8 @@ import pytest
 from longctx_jax.models.config import model_config
 from longctx_jax.models.stack import make_blocks
 from longctx_jax.nn.blocks import BlockCache
-from longctx_jax.nn.mamba import step_bias_start
-from longctx_jax.nn.rwkv import GroupNorm
+from longctx_jax.nn.mixers.mamba import step_bias_start
+from longctx_jax.nn.mixers.rwkv import GroupNorm
 from tests.helpers import assert_close, make_normal
 
 SMALL = {"d_model": 16, "n_heads": 2, "n_layers": 3, "d_ff": 8, "dtype": "bfloat16"}

@@ -11,9 +11,7 @@ import pytest
 from longctx_jax.ops.losses import (
     bits_per_byte,
     chunked_token_nll,
-    cross_entropy_sum,
     token_nll,
-    z_loss,
 )
 from tests.helpers import assert_close, assert_trees_close, make_normal, sub_jaxprs
 
@@ -39,12 +37,6 @@ def test_token_nll_of_bfloat16_logits_is_float32():
     actual = token_nll(logits, jnp.asarray(TARGETS))
     assert actual.dtype == jnp.float32
     assert_close(actual, float64_nll(np.asarray(logits, np.float64), TARGETS), rel_rms=1e-6)
-
-
-def test_cross_entropy_sum_weighs_tokens():
-    logits, weights = make_normal(0, BATCH, SEQ, VOCAB), make_normal(3, BATCH, SEQ) ** 2
-    actual = cross_entropy_sum(jnp.float32(logits), jnp.asarray(TARGETS), jnp.float32(weights))
-    assert_close(actual, np.sum(float64_nll(logits, TARGETS) * weights), rel_rms=1e-6)
 
 
 def make_loss(chunk_len, weights):
@@ -84,12 +76,6 @@ def most_logits(chunk_len):
 def test_no_pass_holds_more_logits_than_a_chunk(chunk_len):
     assert most_logits(0) == BATCH * SEQ * VOCAB
     assert most_logits(chunk_len) <= BATCH * chunk_len * VOCAB
-
-
-def test_z_loss():
-    logits = make_normal(0, BATCH, VOCAB)
-    expected = np.logaddexp.reduce(logits, axis=-1) ** 2
-    assert_close(z_loss(jnp.asarray(logits, jnp.float32)), expected, rel_rms=1e-6)
 
 
 def test_bits_per_byte():

@@ -14,7 +14,6 @@ from longctx_jax.ops.position import (
     distance_bias,
     position_angles,
     relative_bucket,
-    relative_shift,
     rotary_amplitude,
     rotary_frequencies,
     rotate,
@@ -160,15 +159,3 @@ def test_distance_bias():
     both = distance_bias(DistanceBias(jnp.asarray(table), 0, slopes), distance)
     assert_close(both - near, -slopes[:, None, None] * np.maximum(distance, 0), rel_rms=1e-6)
     assert_close(alibi_slopes(8), 2.0 ** -np.arange(1.0, 9.0), rel_rms=1e-15)
-
-
-@pytest.mark.parametrize(("seq", "offsets"), [(1, 1), (1, 4), (3, 3), (3, 8)])
-def test_relative_shift(seq, offsets):
-    scores = make_normal(0, 2, seq, offsets)
-    shifted = np.asarray(relative_shift(jnp.asarray(scores, jnp.float32)))
-    assert shifted.shape == scores.shape
-    for t in range(seq):
-        query = t + offsets - seq  # its key index
-        for s in range(query + 1):
-            column = offsets - 1 - (query - s)
-            assert_close(shifted[:, t, s], scores[:, t, column], rel_rms=1e-6)

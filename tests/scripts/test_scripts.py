@@ -262,7 +262,8 @@ def test_a_mistake_in_the_config_is_one_paragraph(case, tmp_path, capsys):
     from configs import base
     from longctx_jax import data
     from longctx_jax.models import build_model
-    from scripts import assembly, common
+    from longctx_jax.runs.train import train_data
+    from scripts import common
     from tests.tiny import FIELDS
 
     changed, expected = MISTAKES[case]
@@ -278,7 +279,7 @@ def test_a_mistake_in_the_config_is_one_paragraph(case, tmp_path, capsys):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         build_model(config.model)
         splits = data.load_source(config.data)
-        _ = assembly.train_data(config, splits).dataset[0]
+        _ = train_data(config, splits).dataset[0]
     assert common.is_user_error(caught.value), caught.value
     for text in expected:
         assert text in str(caught.value)
@@ -355,13 +356,13 @@ def test_recall_of_a_trained_run(tmp_path):
 def test_segments_of_the_task_that_are_not_the_models_are_a_warning(caplog, fields, warns):
     from longctx_jax import data
     from longctx_jax.models import build_model
-    from scripts import assembly
+    from longctx_jax.runs.evaluate import evaluator
 
     recall = {"data__name": "recall_associative", "data__recall__segment_len": 8}
     sizes = {"model__name": "recurrent_memory", "data__seq_len": 24, "data__order": "shuffled"}
     config = tiny_config(**recall | sizes | fields)
     with caplog.at_level("WARNING", logger="absl"):
-        assembly.evaluator(config, build_model(config.model), data.load_source(config.data))
+        evaluator(config, build_model(config.model), data.load_source(config.data))
     assert [record.args for record in caplog.records] == ([(6, 8)] if warns else [])
 
 

@@ -14,10 +14,11 @@ import jax
 
 from longctx_jax import data
 from longctx_jax.models import build_model
+from longctx_jax.runs.evaluate import evaluator
+from longctx_jax.runs.train import train_data
 from longctx_jax.training.loop import train
 from longctx_jax.training.placement import place
 from longctx_jax.training.processes import start_processes
-from scripts import assembly
 from tests.tiny import tiny_config
 
 SCHEMES = {
@@ -76,12 +77,12 @@ def run_case(folder: pathlib.Path, scheme: str, mesh: str, **fields) -> dict[str
     splits = data.load_source(config.data)
     workdir = folder / f"{scheme}-{mesh}"
     rows = placement.local_rows(config.data.global_batch_size)
-    evaluate = assembly.evaluator(config, model, splits, placement.put)
+    evaluate = evaluator(config, model, splits, placement.put)
     record = train(
         config,
         workdir,
         model,
-        assembly.train_data(config, splits, rows),
+        train_data(config, splits, rows),
         evaluate if scheme == "decay" else lambda state: {"bits_per_byte": 0.0},
         placement,
     )

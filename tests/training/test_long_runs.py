@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from longctx_jax import run_files
 from longctx_jax.training import watchdog
 from longctx_jax.training.processes import from_environment, several_are_meant, start_processes
 from longctx_jax.training.watchdog import StepTimes, Watchdog
@@ -49,7 +50,7 @@ stuck_here()
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, check=False, timeout=60)
     assert done.returncode == 1 and time.monotonic() - start < 25
-    assert "stuck_here" in (tmp_path / watchdog.HANG_FILE).read_text()
+    assert "stuck_here" in (tmp_path / run_files.HANG).read_text()
 
 
 def test_a_watchdog_that_never_barked_leaves_nothing(tmp_path):

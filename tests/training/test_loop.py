@@ -10,12 +10,12 @@ import pytest
 
 from longctx_jax import data
 from longctx_jax.models import build_model
+from longctx_jax.runs.train import train_data
 from longctx_jax.training import loop, reporter
 from longctx_jax.training.checkpoint import Checkpointer
 from longctx_jax.training.metrics import read_records
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import init_state
-from scripts import assembly
 from tests.tiny import tiny_config
 
 
@@ -28,18 +28,18 @@ def run(workdir, splits, *, before_step=None, evaluate=None, **fields):
     """Trains the tiny config; before_step(step) is called while the batch of a step is read."""
     config = tiny_config(**fields)
     model = build_model(config.model)
-    train_data = assembly.train_data(config, splits)
+    of_config = train_data(config, splits)
     if before_step:
 
         def spy(step, batch):
             before_step(step)
             return batch
 
-        train_data = loop.TrainData(
-            train_data.dataset.map_with_index(spy), train_data.position_of, train_data.is_bytes
+        of_config = loop.TrainData(
+            of_config.dataset.map_with_index(spy), of_config.position_of, of_config.is_bytes
         )
     return loop.train(
-        config, workdir, model, train_data, evaluate or (lambda state: {"bits_per_byte": 1.0})
+        config, workdir, model, of_config, evaluate or (lambda state: {"bits_per_byte": 1.0})
     )
 
 

@@ -20,8 +20,6 @@ from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Float, Int, PRNGKey
 
 MIN_COUNT = 0.01  # tokens an update: a code used less shrinks towards the origin ("clip")
-LAPLACE = 1e-2  # tokens an update, added to every code's count ("laplace")
-SMOOTHINGS = ("clip", "laplace")
 STARTS = ("sphere", "published")
 SPLIT_NOISE = 0.01  # relative size of the step that separates the two halves of a split code
 DISTANCES_AT_ONCE = 2**25  # numbers; more tokens are searched in pieces
@@ -150,22 +148,13 @@ def init_codebook(
     return Codebook(sums, jnp.ones((n_heads, n_codes), jnp.float32))
 
 
-def codewords(
-    codebook: Codebook, smoothing: str = "clip"
-) -> Float[Array, "*layers heads codes key"]:
+def codewords(codebook: Codebook) -> Float[Array, "*layers heads codes key"]:
     """Returns C, without a gradient: sums / counts, safe for codes that nothing uses.
 
-    "clip": sums / max(count, MIN_COUNT), as published: a code unused for hundreds of updates
-    shrinks to the origin, where it catches keys that no codeword is near. "laplace": counts are
-    smoothed towards uniform, (n + e) / (N + S e) N with e = LAPLACE, which shrinks rare codes a
-    little.
+    sums / max(count, MIN_COUNT), as published: a code unused for hundreds of updates shrinks to
+    the origin, where it catches keys that no codeword is near.
     """
     sums, counts = jax.lax.stop_gradient((codebook.sums, codebook.counts))
-    if smoothing == "laplace":
-        total = jnp.sum(counts, axis=-1, keepdims=True)
-        smoothed = total + counts.shape[-1] * LAPLACE
-        counts = (counts + LAPLACE) * (total / smoothed)
-        return sums / jnp.maximum(counts, jnp.finfo(counts.dtype).tiny)[..., None]
     return sums / jnp.maximum(counts, MIN_COUNT)[..., None]
 
 

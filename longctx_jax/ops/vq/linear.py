@@ -16,10 +16,8 @@ import jax.numpy as jnp
 
 from longctx_jax.ops.vq.blocks import Blocks, Constants, Rules, attend_blocks
 from longctx_jax.ops.vq.state import Tokens, VQState, chronological, join, write
-from longctx_jax.ops.vq.table import Table, file_tokens, tables_before_blocks
+from longctx_jax.ops.vq.table import PADDING, Table, file_tokens, tables_before_blocks
 from longctx_jax.typing import Array, Float
-
-PADDING = -2  # document of a query that is no token: equal to no key's
 
 
 def attend(
@@ -32,7 +30,7 @@ def attend(
     relative_bias: Float[Array, "batch seq heads distances"] | None,
     rules: Rules,
     block_len: int,
-    reduction: str,
+    sum_tables: Callable[..., Table] = tables_before_blocks,
     attend_blocks: Callable[[Rules, Blocks, Constants], Any] = attend_blocks,
 ) -> tuple[Float[Array, "batch seq heads value"], VQState]:
     """Returns attention of the tokens over the state and themselves, and the state after them.
@@ -46,7 +44,7 @@ def attend(
         relative_bias: of distances 0, 1, ...: at most window_len + 1 of them.
         rules: scale, window and gradients.
         block_len: queries a block.
-        reduction: of the tables (`tables_before_blocks`).
+        sum_tables: what sums the tables before blocks, by default one block after another.
         attend_blocks: what attends, by default plain JAX.
     """
     seq, window = query.shape[1], rules.window_len
@@ -70,7 +68,7 @@ def attend(
         value, table = jax.lax.stop_gradient((value, table))
     if n_blocks > 1 and rules.use_table:
         cut = _cut(filed.codes, 2, block), _cut(value, 2, block), _cut(filed.documents, 1, block)
-        tables = tables_before_blocks(table, *cut, reduction)
+        tables = sum_tables(table, *cut)
     else:  # nothing is filed between blocks
         tables = jax.tree.map(lambda x: jnp.broadcast_to(x, (n_blocks, *x.shape)), table)
 

@@ -16,8 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from longctx_jax.ops.vq.blocks import Rules
-from longctx_jax.ops.vq.linear import PADDING
-from longctx_jax.ops.vq.table import NO_DOCUMENT
+from longctx_jax.ops.vq.table import NO_DOCUMENT, PADDING
 
 LOG2_E = 1.4426950408889634
 MIN_WIDTH = 16  # of Triton's products

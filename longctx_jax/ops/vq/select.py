@@ -1,6 +1,7 @@
 """The front door of vector-quantised attention: checks arguments, chooses implementations."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from longctx_jax.ops.vq.blocks import Rules, attend_blocks
 from longctx_jax.ops.vq.codebook import quantize, search_codes
 from longctx_jax.ops.vq.state import Tokens, VQState, as_tokens, init_vq_state
 from longctx_jax.ops.vq.step import step
-from longctx_jax.ops.vq.table import REDUCTIONS
+from longctx_jax.ops.vq.table import REDUCTIONS, tables_before_blocks
 from longctx_jax.typing import Array, Float, Int
 
 LONGEST_BLOCK = {"cpu": 256}  # queries a block where the caller leaves it open, by platform
@@ -63,6 +64,9 @@ class Facts:
 
 KERNELS = "vq.pallas_triton"
 ON_GPU = {"pallas_triton"}  # forms that XLA cannot cut
+SUM_TABLES = {  # reduction -> what sums the tables before blocks
+    name: functools.partial(tables_before_blocks, reduction=name) for name in REDUCTIONS
+} | {"pallas_triton": leaf(KERNELS, "tables_before_blocks")}
 ATTENTION = (
     Implementation(
         "pallas_triton",
@@ -202,9 +206,9 @@ def vq_attention(
     window_len = window_len or (512 if state is None else state.window_len)
     _require_shapes(query, key, value, codebook, state, codes, relative_bias, window_len)
     _require_documents(documents, (batch, seq))
-    if reduction not in ("auto", *REDUCTIONS):
+    if reduction not in ("auto", *SUM_TABLES):
         raise ValueError(
-            f"vq_attention: reduction must be one of {['auto', *REDUCTIONS]}: got {reduction!r}; "
+            f"vq_attention: reduction must be one of {['auto', *SUM_TABLES]}: got {reduction!r}; "
             "set config.model.vq.reduction"
         )
     codebook = jax.lax.stop_gradient(codebook)
@@ -271,7 +275,7 @@ def vq_attention(
             relative_bias=relative_bias,
             rules=rules,
             block_len=seq if chosen.name == "quadratic" else block_len,
-            reduction=reduction,
+            sum_tables=SUM_TABLES[reduction],
             attend_blocks=chosen.run,
         )
 

@@ -16,7 +16,6 @@ every number at the scale of one value; counts are integers, exact to 2^31.
 Source: Lingle (2023), arXiv 2309.16354, section 3 and appendix (the reductions).
 """
 
-import importlib
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,8 @@ from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Float, Int
 
 NO_DOCUMENT = -1  # of empty slots, and of a table without an entry
-REDUCTIONS = ("serial", "matmul", "associative", "pallas_triton")
+PADDING = -2  # document of a query that is no token: equal to no key's
+REDUCTIONS = ("serial", "matmul", "associative")
 
 
 class Table(NamedTuple):
@@ -118,8 +118,7 @@ def tables_before_blocks(
         value: of the same tokens.
         documents: of the same tokens; NO_DOCUMENT = not a token.
         reduction: "serial": a scan; "matmul": one product over pairs of blocks, blocks^2
-            codes value flops; "associative": a parallel prefix; "pallas_triton": the scan as a GPU
-            kernel. Equal up to rounding.
+            codes value flops; "associative": a parallel prefix. Equal up to rounding.
 
     Cost: serial and associative O(blocks codes value) beside adding up the values.
     """
@@ -129,9 +128,6 @@ def tables_before_blocks(
     def with_first(first, rest):
         return jax.tree.map(lambda f, r: jnp.concatenate([f[None], r]), first, rest)
 
-    if reduction == "pallas_triton":
-        kernel = importlib.import_module("longctx_jax.ops.vq.pallas_triton")
-        return kernel.tables_before_blocks(table, codes, value, documents)
     if reduction == "serial":
 
         def step(table, block):

@@ -1,0 +1,1 @@
+"""Bytes and floating-point operations: of models that exist, of programs, and of what would fit."""

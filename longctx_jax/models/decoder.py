@@ -1,0 +1,292 @@
+"""`Decoder`: the one interface of every model, for training windows, prefill and decoding alike.
+
+The law: however a sequence is split into calls of `apply` with a cache, the logits equal those of
+one call. A training window, a prefill segment and a decode step differ only in length.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from longctx_jax.models.body import OUTPUTS, Body, Source, Wanted
+from longctx_jax.models.config import ModelConfig
+from longctx_jax.models.families import body_of
+from longctx_jax.models.stack import call_module, has_state, is_random
+from longctx_jax.nn.contract import Aux, advance_documents
+from longctx_jax.nn.embed import Embed
+from longctx_jax.nn.norms import make_norm
+from longctx_jax.nn.partition import spread_tokens
+from longctx_jax.typing import PRNGKey, PyTree
+
+
+@flax.struct.dataclass
+class ModelCache:
+    """What a model remembers between calls."""
+
+    layers: Any  # of the layers, leaves [layers, batch, ...], in lanes [rows, lanes, batch, ...]
+    last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
+    document: jax.Array  # int32 [batch], number of the document the last token belongs to
+    carried: Any = ()  # what else goes from call to call in this family
+    row_axis: int = flax.struct.field(pytree_node=False, default=1)  # of the batch, in layers
+
+
+class DecoderOutput(NamedTuple):
+    """Logits [batch, seq, vocab] float32, the extended cache (None if none was given), and aux."""
+
+    logits: jax.Array
+    cache: ModelCache | None
+    aux: Aux
+
+
+class HiddenOutput(NamedTuple):
+    """Like DecoderOutput, with the normed activations [batch, seq, d_model] instead of logits."""
+
+    hidden: jax.Array
+    cache: ModelCache | None
+    aux: Aux
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A causal language model: embedding, stack, norm, output matrix. Owns no arrays; hashable.
+
+    A model is a static argument: equal configs share compiled code.
+
+    Variables are {"params": trainable, "model_state": non-gradient state}, both pytrees.
+    """
+
+    config: ModelConfig
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(self, key: PRNGKey) -> dict[str, PyTree]:
+        """Returns fresh variables, float32."""
+        embed_key, stack_key = jax.random.split(key)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
+        body, state = self._body.init(self.config, stack_key)
+        params = {
+            "embed": self._embed.init(embed_key, tokens)["params"],
+            **body,
+            "norm": self._norm.init(embed_key, hidden)["params"],
+        }
+        return {"params": params, "model_state": {"stack": state} if state else {}}
+
+    @property
+    def backbone(self) -> "Decoder | None":
+        """The model that this one wraps, e.g. without its recurrent memory; None if it has none."""
+        config = self._body.backbone(self.config)
+        return None if config is None else Decoder(config)
+
+    @property
+    def exact(self) -> "Decoder":
+        """The model for prompts: without what approximates single tokens; caches are the same."""
+        config = self._body.exact(self.config)
+        return self if config is self.config else Decoder(config)
+
+    def add_to_backbone(
+        self, fresh: dict[str, PyTree], backbone: dict[str, PyTree]
+    ) -> dict[str, PyTree]:
+        """Returns variables of `backbone`, with what this model's `fresh` ones have beside them.
+
+        Raises:
+            ValueError: if the model wraps no other.
+        """
+        add = self._body.add_to_backbone
+        if add is None:
+            raise ValueError(
+                f"a model must wrap a backbone to add to one: got config.model.name="
+                f"{self.config.name!r}; use 'recurrent_memory'"
+            )
+        return add(self.config, fresh, backbone)
+
+    def update_model_state(self, model_state: PyTree, aux: tuple[Aux, ...], key: PRNGKey) -> PyTree:
+        """Returns the non-gradient state after an update: codebooks moved by what `aux` counted.
+
+        Args:
+            model_state: of `variables`.
+            aux: one a pattern position, of all tokens of the update: summed over segments,
+                micro-batches and devices.
+            key: for updates that draw random numbers.
+        """
+        if not model_state:
+            return model_state
+        return {"stack": self._body.update_state(self.config, model_state["stack"], aux, key)}
+
+    def describe_model_state(self, model_state: PyTree) -> dict[str, jax.Array]:
+        """Returns scalar metrics of the non-gradient state, e.g. how many codes are in use."""
+        if not model_state:
+            return {}
+        return self._body.describe_state(self.config, model_state["stack"])
+
+    def init_cache(self, batch_size: int, max_len: int) -> ModelCache:
+        """Returns an empty cache.
+
+        Args:
+            batch_size: rows.
+            max_len: tokens that full attention can look back on; a longer stream keeps going with
+                the last max_len of them (and n_memory_tokens more beside layers with recurrent
+                memory). Mixers of constant memory ignore it.
+
+        Raises:
+            ValueError: if either is not positive.
+        """
+        if batch_size < 1 or max_len < 1:
+            raise ValueError(
+                f"a cache needs at least one row and one token: got batch_size={batch_size}, "
+                f"max_len={max_len}; pass positive sizes"
+            )
+        layers, carried = self._body.init_cache(self.config, batch_size, max_len)
+        return ModelCache(
+            layers=layers,
+            last_segment_id=jnp.full((batch_size,), -1, jnp.int32),
+            document=jnp.zeros((batch_size,), jnp.int32),
+            carried=carried,
+            row_axis=self._body.row_axis(self.config),
+        )
+
+    def apply(
+        self,
+        variables: dict[str, PyTree],
+        tokens: jax.Array,
+        cache: ModelCache | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        rngs: dict[str, PRNGKey] | None = None,
+        train: bool = False,
+    ) -> DecoderOutput:
+        """Extends `cache` by `tokens` and returns the logits of every one of them.
+
+        Args:
+            variables: as made by `init`.
+            tokens: int32 [batch, seq], any seq >= 1; row t's logits predict token t + 1.
+            cache: None = empty and not wanted back.
+            segment_ids: int32 [batch, seq], >= 0, the document of each token; a change between
+                neighbours (also across calls) starts a document, which sees nothing before it.
+                None = no boundary within this call.
+            weights: float32 [batch, seq], what each token counts in aux, 0 for padding; None = 1.
+            rngs: {"dropout": key}, needed when train and something is dropped at random.
+            train: drop out, and report what training needs in aux.
+        """
+        options = {"segment_ids": segment_ids, "weights": weights, "rngs": rngs, "train": train}
+        out = self.hidden(variables, tokens, cache, **options)
+        logits = jnp.einsum(
+            "btd,dz->btz",
+            out.hidden,
+            self.unembedding(variables),
+            preferred_element_type=jnp.promote_types(self.config.dtype, jnp.float32),
+        )
+        return DecoderOutput(logits, out.cache, out.aux)
+
+    # Compiled here so that eager callers compile once a shape; inside an outer jit it is inlined.
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "outputs"))
+    def hidden(
+        self,
+        variables: dict[str, PyTree],
+        tokens: jax.Array,
+        cache: ModelCache | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        rngs: dict[str, PRNGKey] | None = None,
+        train: bool = False,
+        outputs: str = "all",
+        at: jax.Array | None = None,
+    ) -> HiddenOutput:
+        """As `apply`, without the product with the output matrix, of all tokens or some.
+
+        Args:
+            variables: as in `apply`, like the rest.
+            outputs: whose activations are wanted: "all", "last" (one token) or "none". A model
+                whose layers read only embeddings then spares the others its layers.
+            at: int32 [n], increasing: the tokens whose activations are wanted; None = as `outputs`
+                says.
+
+        Raises:
+            ValueError: unknown outputs, or both of the last two.
+        """
+        if outputs not in OUTPUTS or (at is not None and outputs != "all"):
+            raise ValueError(
+                f"outputs must be one of {OUTPUTS}, and 'all' with at: got {outputs!r}; change one"
+            )
+        params = variables["params"]
+        key = self._dropout_key(rngs, train)
+        batch, seq = tokens.shape
+        documents, before = None, None
+        if cache is not None or segment_ids is not None or weights is not None:
+            last = (jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
+            if cache is not None:
+                last = (cache.last_segment_id, cache.document)
+                before = (cache.layers, cache.carried)
+            documents, last_id, document = advance_documents(segment_ids, *last, seq, weights)
+
+        x = spread_tokens(call_module(self._embed, params["embed"], tokens))
+        if key is not None:
+            x = self._drop_embedding(x, jax.random.fold_in(key, 0))
+            key = jax.random.fold_in(key, 1)
+        state = variables.get("model_state") or {"stack": {}}
+        if not state["stack"] and has_state(self.config):
+            raise ValueError(
+                f"variables of a model with layers {self.config.pattern} need model_state: got "
+                f"{sorted(variables)}; pass all that `init` returned"
+            )
+        norm = functools.partial(call_module, self._norm, params["norm"])
+        options: dict[str, Any] = {"norm": norm, "key": key, "train": train}
+        if self._body.picks_outputs:
+            embed = functools.partial(call_module, self._embed, params["embed"])
+            options |= {"source": Source(tokens, embed), "wanted": Wanted(outputs, at)}
+        x, after, aux = self._body.apply(
+            self.config, params, state["stack"], x, documents, before, **options
+        )
+        if not self._body.picks_outputs:
+            n = {"all": seq, "last": 1, "none": 0}[outputs]
+            x = x[:, seq - n :] if at is None else x[:, at]
+        if after is not None:
+            layers, carried = after
+            assert cache is not None
+            cache = dataclasses.replace(
+                cache,
+                layers=layers,
+                last_segment_id=last_id,
+                document=document,
+                carried=carried,
+            )
+        return HiddenOutput(x, cache, aux)
+
+    def unembedding(self, variables: dict[str, PyTree]) -> jax.Array:
+        """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""
+        params = variables["params"]["embed"]
+        return call_module(self._embed, params, method="unembedding")
+
+    def _drop_embedding(self, x: jax.Array, key: PRNGKey) -> jax.Array:
+        if self.config.embed_dropout == 0.0:
+            return x
+        keep = 1.0 - self.config.embed_dropout
+        return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+
+    def _dropout_key(self, rngs, train: bool) -> PRNGKey | None:
+        if not train or not is_random(self.config):
+            return None
+        if not rngs or "dropout" not in rngs:
+            raise ValueError(
+                f"training with dropout needs a key: got rngs={rngs} and "
+                f"config.model.dropout={self.config.dropout}; pass rngs={{'dropout': key}}"
+            )
+        return rngs["dropout"]
+
+    @property
+    def _body(self) -> Body:
+        return body_of(self.config)
+
+    @property
+    def _embed(self) -> Embed:
+        c = self.config
+        return Embed(c.vocab_size, c.d_model, c.tie_embeddings, c.dtype, c.embed_scale)
+
+    @property
+    def _norm(self):
+        return make_norm(self.config.norm, self.config.dtype, self.config.norm_eps)
