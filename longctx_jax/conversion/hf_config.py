@@ -93,7 +93,7 @@ def hf_config(model: ModelConfig, *, context_len: int, dtype: str, **ids: int) -
         ValueError: if no family computes what the model does; names every field in the way.
     """
     _require_exportable(model)
-    attention = getattr(model, model.pattern[0])
+    attention = model.of(model.pattern[0])
     scaled_len = round(attention.rope_original_len * attention.rope_factor)
     kinds = [model.pattern[layer % len(model.pattern)] for layer in range(model.n_layers)]
     family = "qwen3" if attention.qk_norm else "mistral" if "sliding" in kinds else "llama"

@@ -54,7 +54,7 @@ def scheme_fields(scheme: str, model: ModelConfig) -> dict[str, Any]:
             f"{model.name!r}, pattern={model.pattern}; give --from=RUN of a run with "
             "name='transformer' and its own pattern"
         )
-    given = getattr(model, model.pattern[0])
+    given = model.of(model.pattern[0])
     if scheme == "sliding":
         taken = {f"sliding.{name}": getattr(given, name) for name in ATTENTION_FIELDS}
         return {"pattern": ("sliding",), **taken}

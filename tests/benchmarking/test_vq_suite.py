@@ -359,7 +359,7 @@ def test_state_of_a_long_context_is_made_up_and_constant():
 def test_models_are_those_of_the_paper_on_a_gpu():
     size = vq_models.sizes("gpu", Limits())
     gated, full = (vq_models.make_model(size, "shga", f).config for f in ("auto", "transformer"))
-    assert (gated.n_layers, gated.mlp, gated.d_value, gated.vq.codebook_size) == (
+    assert (gated.n_layers, gated.mlp, gated.d_value, gated.of("vq").codebook_size) == (
         48,
         "none",
         1536,
@@ -367,7 +367,7 @@ def test_models_are_those_of_the_paper_on_a_gpu():
     )
     assert (full.n_layers, full.pattern, full.n_heads) == (24, ("softmax",), 6)
     one = vq_models.make_model(size, "mqa", "quadratic").config
-    assert (one.n_kv_heads, one.d_ff, one.vq.implementation) == (1, 5 * 768, "quadratic")
+    assert (one.n_kv_heads, one.d_ff, one.of("vq").implementation) == (1, 5 * 768, "quadratic")
     assert vq_models.sizes("cpu", Limits(lengths=(64,))).lengths == (64,)
 
 

@@ -10,39 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx_jax.models import build_model
-from tests.helpers import assert_close, random_variables
+from tests.helpers import assert_close
+from tests.laws.cases import (
+    BATCH,
+    CASES,
+    MIXTURES,
+    SEGMENTS,
+    SEQ,
+    TOKENS,
+    build,
+    laws,
+    variables_of,
+)
 
-BATCH, SEQ = 2, 24
 CALLS = (1, 3, 8)  # tokens a call; few, because each length is compiled
 TOLERANCE = 2e-6  # seen: 5e-7
-TOKENS = np.random.default_rng(0).integers(0, 11, (BATCH, SEQ), np.int32)
-SEGMENTS = np.array([[0] * 2 + [1] * 9 + [2] + [0] * 12, [3] * 10 + [4] * 14], np.int32)
 
 split = given(st.lists(st.sampled_from(CALLS), min_size=1, max_size=6))
 quick = settings(deadline=None, max_examples=12)
 
 
-FAST = ("gqa_relative", "decay")  # their mixtures are slow to compile
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        *FAST,
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("mha", "mixed", "vq", "vq_gated", "rwkv4", "mamba1")
-        ),
-    ],
-)
-def model(request, model_fields):
-    return build_model(model_fields(request.param))
-
-
-@functools.cache
-def variables_of(model):
-    """Returns random variables; relative biases and norms are not at their neutral start."""
-    return random_variables(lambda: model.init(jax.random.key(0)))
+@pytest.fixture(scope="module", params=laws((*CASES, *MIXTURES)))
+def model(request):
+    return build(request.param)
 
 
 @functools.cache
