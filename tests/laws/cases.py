@@ -20,6 +20,7 @@ TOKENS = np.random.default_rng(0).integers(0, 11, (BATCH, SEQ), np.int32)
 SEGMENTS = np.array([[0] * 2 + [1] * 9 + [2] + [0] * 12, [3] * 10 + [4] * 14], np.int32)
 
 MIXERS, OUTSIDE = load_mixers(["tests.laws.running_mean:MIXER", "tests.laws.gla:MIXER"])
+OTHERS = {"one": MIXERS["running_mean"], "two": MIXERS["running_mean"]}  # a mapping, as a place
 # "kind-example" -> fields of config.model
 CASES = {
     f"{kind}-{example}": {"pattern": (kind,), **fields}
