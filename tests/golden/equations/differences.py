@@ -1,0 +1,50 @@
+"""Derivatives of a transcription, by differences, against gradients."""
+
+import jax
+import numpy as np
+
+from tests.helpers import make_normal
+
+STEP = 5e-6  # short: a step over a kink of relu would show
+
+
+def derivative(function, step=STEP):
+    """Returns d/dh function(h) at 0: central differences, extrapolated to step 0 (Richardson)."""
+
+    def central(h):
+        return (function(h) - function(-h)) / (2.0 * h)
+
+    return (4.0 * central(step) - central(2.0 * step)) / 3.0
+
+
+def check_gradients(loss, arguments, gradients, tolerance):
+    """Compares derivatives along a random direction of each leaf, and of all, with gradients.
+
+    Args:
+        loss: function of a tree like arguments; evaluated four times a leaf.
+        arguments: float64 numpy arrays.
+        gradients: a tree like arguments.
+        tolerance: relative to the derivative; where that is near 0 by chance, to 3% of the RMS of
+            all leaves' derivatives.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(arguments)
+    values = [leaf for _, leaf in paths]
+    directions = [make_normal(100 + i, *leaf.shape) for i, leaf in enumerate(values)]
+    leaves = jax.tree.leaves(gradients)
+    slopes = [np.sum(np.asarray(g) * d) for g, d in zip(leaves, directions, strict=True)]
+    floor = 0.03 * np.sqrt(np.mean(np.square(slopes)))
+
+    def check(name, moved, slope):
+        def at(h):
+            steps = [h * d if i in moved else 0.0 for i, d in enumerate(directions)]
+            return loss(
+                jax.tree.unflatten(tree, [v + s for v, s in zip(values, steps, strict=True)])
+            )
+
+        found = derivative(at)
+        error = abs(found - slope) / max(abs(slope), floor)
+        assert error <= tolerance, f"{name}: {slope}, by differences {found}: error {error:.1e}"
+
+    for i, (path, _) in enumerate(paths):
+        check(jax.tree_util.keystr(path), {i}, slopes[i])
+    check("all", set(range(len(values))), sum(slopes))
