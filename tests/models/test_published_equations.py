@@ -74,7 +74,9 @@ CASES = {
     "decay_gated_convolution": of_decay(
         {**TRANSNORMER, "kind": "gated", "conv_len": 3}, norm="layer"
     ),
-    "decay_gqa_no_gate": of_decay({**RETNET, "kind": "learned", "gate": "none"}, **GQA),
+    "decay_gqa_no_gate": of_decay(
+        {**RETNET, "kind": "learned", "gate": "none", "implementation": "chunked"}, **GQA
+    ),
     "decay_retnet_with_depth": of_decay({**RETNET, "depth": "linear", "chunk_len": 16}),
     "decay_untied": of_decay({**RETNET, "kind": "gated", "chunk_len": 3}, tie_embeddings=False),
     "vq_mha": of_vq({**NO_BIAS, "block_len": 4}),
@@ -108,12 +110,17 @@ CASES = {
     "rwkv6": of_rwkv(RWKV6, **PUBLISHED_RWKV),
     "rwkv6_swiglu_head_len": of_rwkv({**RWKV6, "head_len": 2, "chunk_len": 16}, mlp="swiglu"),
     "rwkv6_wide_values": of_rwkv({**RWKV6, "chunk_len": 3}, d_value=6, n_layers=1),
+    "rwkv4_recurrent": of_rwkv({**RWKV4, "implementation": "recurrent"}),
+    "rwkv6_recurrent": of_rwkv({**RWKV6, "implementation": "recurrent"}),
     "mamba1": of_mamba(MAMBA1, norm_eps=1e-5),
+    "mamba1_chunked": of_mamba({**MAMBA1, "implementation": "chunked"}),
+    "mamba1_recurrent": of_mamba({**MAMBA1, "implementation": "recurrent"}),
     "mamba1_derived_sizes": of_mamba({**MAMBA1, "step_rank": 0, "d_state": 0, "conv_len": 2}),
     "mamba1_expand_3": of_mamba({**MAMBA1, "expand": 3, "chunk_len": 16}, mlp="swiglu"),
     "mamba2": of_mamba(MAMBA2, norm_eps=1e-5),
     "mamba2_heads_of_8": of_mamba({**MAMBA2, "head_len": 8, "conv_len": 3}, mlp="swiglu"),
     "mamba2_conv_1": of_mamba({**MAMBA2, "conv_len": 1, "d_state": 4, "chunk_len": 16}),
+    "mamba2_chunked": of_mamba({**MAMBA2, "implementation": "chunked"}),
     "mamba2_two_groups": of_mamba({**MAMBA2, "n_groups": 2}),
 }
 KNOWN_FAULTS = {

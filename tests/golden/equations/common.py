@@ -126,8 +126,6 @@ def of_layer(tree, l):
     """The parameters of layer l of a pattern position; layers are their leading axis."""
     if isinstance(tree, dict):
         return {name: of_layer(child, l) for name, child in tree.items()}
-    if isinstance(tree, tuple):
-        return type(tree)(*(leaf[l] for leaf in tree))
     return tree[l]
 
 
