@@ -165,7 +165,18 @@ def make_variables(model):
             x = np.abs(x) + 0.05
             x[..., 0] = 0.004
         arrays.append(x)
-    return jax.tree.unflatten(tree, arrays)
+    variables = jax.tree.unflatten(tree, arrays)
+
+    def place(codebook):
+        """Moves codewords to where keys are."""
+        counts = np.maximum(codebook.counts, 0.01)[..., None]
+        return codebook._replace(sums=1.6 * counts * codebook.sums)
+
+    def is_codebook(x):
+        return hasattr(x, "counts")
+
+    state = jax.tree.map(place, variables["model_state"], is_leaf=is_codebook)
+    return {**variables, "model_state": state}
 
 
 def make_case(name, dtype="float64", **vq):
