@@ -1,6 +1,6 @@
 """The associative recurrent memory transformer, segment by segment and layer by layer.
 
-Rodkin et al. (2024), arXiv 2407.04841, section 3: AssocBlock (eqs. 1-6) in front of a transformer
+Rodkin et al. (2024), arXiv 2407.04841, section 3: AssocBlock in front of a transformer
 layer, and DPFP features (Schlag et al., arXiv 2102.11174). Where paper and public code differ, the
 code: eps = 1e-5 in the denominators and in gamma, gamma clipped to [0, 1] and without a gradient,
 gamma = 1 in the first segment, a bias in beta. Several heads, no denominator and normalised

@@ -5,7 +5,9 @@ retention); Qin et al. (2023), arXiv 2307.14995 (TransNormerLLM, decay with dept
 (2024), arXiv 2401.04658 (Lightning Attention-2); Wang et al. (2025), arXiv 2501.02573 (the family).
 
 Published retention has no scale of q k^T in common: 1/sqrt(d_key) is RetNet's, and the norm behind
-it takes it out again up to its eps.
+it takes it out again up to its eps. `multi_scale_retention` is RetNet's layer with the model's
+options; what TransNormerLLM and MiniMax-01 publish differs from all of them, see
+`transnormer_llm` and `minimax_01`.
 """
 
 import numpy as np
@@ -92,7 +94,7 @@ def head_norm(kind, p, y):
         return common.layer_norm(y, p["head_norm"]["scale"], p["head_norm"]["bias"])
     if kind == "rms":
         return common.rms_norm(y, p["head_norm"]["scale"])
-    return common.rms_norm(y)  # SimpleRMSNorm of TransNormerLLM, eq. 11
+    return common.rms_norm(y)  # SimpleRMSNorm of TransNormerLLM, section 3.1.3
 
 
 def multi_scale_retention(p, x, c, l):
@@ -119,6 +121,49 @@ def multi_scale_retention(p, x, c, l):
     elif gate == "sigmoid":
         y = y * sigmoid(x @ p["gate"]["kernel"])
     return y @ p["out"]["kernel"]
+
+
+def lightning_layer(p, x, c, log_gamma, value_map, gain, gate):
+    """(gate(X W_U) * Norm(phi(Q) phi(K)^T V)) W_O; one norm over all heads, and no scale."""
+    q, k = (heads(silu(x @ p[name]["kernel"]), c["n_heads"]) for name in ("query", "key"))
+    v = heads(value_map(x @ p["value"]["kernel"]), c["n_heads"])
+    outs = []
+    for h in range(c["n_heads"]):
+        gamma = np.full(len(x), np.exp(log_gamma[h]))
+        outs.append(recurrent(q[:, h], k[:, h], v[:, h], gamma, 1.0)[0])
+    y = common.rms_norm(np.concatenate(outs, axis=1), gain)
+    return (gate(x @ p["gate"]["kernel"]) * y) @ p["out"]["kernel"]
+
+
+def transnormer_llm(variables, tokens, c, sg):
+    """TransNormerLLM's gated linear attention, section 3.1.2: U = X W_U without an activation.
+
+    SimpleRMSNorm spans all heads, as in the public code. Without the rotation of its first layer.
+    """
+    del sg
+
+    def mix(p, x, l):
+        log_gamma = decays("transnormer", "linear", c["n_heads"], l, c["n_layers"])
+        return lightning_layer(p, x, c, log_gamma, lambda v: v, 1.0, lambda u: u)
+
+    return common.decoder(variables["params"], tokens, c, "decay", mix)
+
+
+def minimax_01(variables, tokens, c, sg):
+    """MiniMax-01, arXiv 2501.08313, as in the public code: silu on values too, a sigmoid gate.
+
+    One RMSNorm with gains spans all heads (the model's gains of one head are repeated here), and
+    the slopes fall with depth as 1 - l / (L - 1) + 1e-5.
+    """
+    del sg
+
+    def mix(p, x, l):
+        slopes = decays("lightning", "constant", c["n_heads"], l, c["n_layers"])
+        log_gamma = slopes * (1.0 - l / (c["n_layers"] - 1.0) + 1e-5)
+        gain = np.tile(p["head_norm"]["scale"], c["n_heads"])
+        return lightning_layer(p, x, c, log_gamma, silu, gain, sigmoid)
+
+    return common.decoder(variables["params"], tokens, c, "decay", mix)
 
 
 def language_model(variables, tokens, c, sg):

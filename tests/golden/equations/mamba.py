@@ -61,7 +61,7 @@ def language_model(variables, tokens, c, sg):
     """Logits [tokens, vocab]."""
     del sg
     o = dict(c["mamba"])
-    if o["version"] == 1:  # the published defaults, section 3.6: N = 16, rank D / 16 rounded up
+    if o["version"] == 1:  # the published defaults: N = 16, rank D / 16 rounded up
         o["d_state"] = o["d_state"] or 16
         o["step_rank"] = o["step_rank"] or -(-c["d_model"] // 16)
 

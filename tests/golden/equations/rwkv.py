@@ -1,6 +1,6 @@
 """RWKV-4 and RWKV-6 (Finch), in the form of sums over all earlier tokens.
 
-Peng et al. (2023), arXiv 2305.13048, eqs. 11-20; Peng et al. (2024), arXiv 2404.05892, section 4
+Peng et al. (2023), arXiv 2305.13048, eqs. 11-18; Peng et al. (2024), arXiv 2404.05892, section 4
 and its appendix for the per-head norm of the public code (GroupNorm, eps 64e-5). Products of
 decays are written out; there is no state and no rescaling here.
 
@@ -22,7 +22,7 @@ def interpolate(x, share_of_previous):
 
 
 def time_mix_4(p, x):
-    """RWKV-4, eqs. 11-15, with w = exp(decay) > 0."""
+    """RWKV-4, eqs. 11-13, 16 and 17, with w = exp(decay) > 0."""
     k = interpolate(x, p["shift_key"]) @ p["key"]["kernel"]
     v = interpolate(x, p["shift_value"]) @ p["value"]["kernel"]
     r = interpolate(x, p["shift_receptance"]) @ p["receptance"]["kernel"]
@@ -71,7 +71,7 @@ def time_mix_6(p, x, n_heads):
 
 
 def channel_mix(p, x, c):
-    """RWKV-4, eqs. 16-18; the same in Finch: sigmoid(r') * (W_v' max(k', 0)^2)."""
+    """RWKV-4, eqs. 14, 15 and 18; the same in Finch: sigmoid(r') * (W_v' max(k', 0)^2)."""
     del c
     r = interpolate(x, p["shift_receptance"]) @ p["receptance"]["kernel"]
     k = interpolate(x, p["shift_key"]) @ p["key"]["kernel"]

@@ -1,9 +1,9 @@
 """Transformer-VQ in its quadratic definition, and the surrogate whose gradient training follows.
 
-Lingle (2023), arXiv 2309.16354: keys are replaced by their nearest codewords (section 3.1, with the
-straight-through estimator of van den Oord et al., arXiv 1711.00937), the softmax runs over all
-earlier tokens (section 3.2), and the relative bias of Transformer-XL (arXiv 1901.02860, eq. of
-section 3.3) acts inside a window only. With tau = sqrt(d_k):
+Lingle (2023), arXiv 2309.16354: keys are replaced by their nearest codewords (definition 3.1, with
+the straight-through estimator of van den Oord et al., arXiv 1711.00937), the softmax runs over all
+earlier tokens, and the relative bias of Transformer-XL (arXiv 1901.02860, section 3.3) acts inside
+a window only. With tau = sqrt(d_k):
 
     q = RMS(x W_Q) / tau^(1/2),  k = RMS(x W_K) / tau^(1/2),  v = x W_V    (gated: silu of it)
     z_j = argmin_s |k_j - C_s|^2
@@ -92,7 +92,7 @@ def vq_attention(p, x, codebook, c, sg, errors):
                 values.append(v[j, g] if is_moving else fixed_v[j, g])
             out[i, h] = softmax(np.array(scores)) @ np.array(values)
     y = out.reshape(len(x), -1)
-    if is_gated:  # the gated attention unit, section 3.4 and Hua et al., arXiv 2202.10447
+    if is_gated:  # the gated attention unit, Hua et al., arXiv 2202.10447
         y = y * silu(x @ p["gate"]["kernel"])
     return y @ p["out"]["kernel"]
 
