@@ -75,7 +75,7 @@ PUBLISHED_RWKV = {"norm": "layer", "norm_eps": 1e-5}
 CASES = {
     "retnet": of_decay(RETNET),
     "gated_retention": of_decay({**RETNET, "kind": "gated", "position": "none"}),
-    "gated_retention_alone": of_decay({**RETNET, "kind": "gated"}, mlp="none"),
+    "gated_retention_alone": of_decay({**RETNET, "kind": "gated"}, mlp="none", n_layers=1),
     "lightning": of_decay({**TRANSNORMER, "kind": "lightning", "head_norm": "rms"}),
     "transnormer": of_decay(TRANSNORMER),
     "decay_learned_layer_norm": of_decay(
@@ -124,6 +124,7 @@ CASES = {
     "rwkv4_recurrent": of_rwkv({**RWKV4, "implementation": "recurrent"}),
     "rwkv6_recurrent": of_rwkv({**RWKV6, "implementation": "recurrent"}),
     "mamba1": of_mamba(MAMBA1, norm_eps=1e-5),
+    "mamba1_one_layer": of_mamba(MAMBA1, n_layers=1),
     "mamba1_chunked": of_mamba({**MAMBA1, "implementation": "chunked"}),
     "mamba1_recurrent": of_mamba({**MAMBA1, "implementation": "recurrent"}),
     "mamba1_derived_sizes": of_mamba({**MAMBA1, "step_rank": 0, "d_state": 0, "conv_len": 2}),
@@ -144,7 +145,7 @@ KNOWN_FAULTS = {
 }
 FAST_LOGITS = ["retnet", "vq_gqa_relative", "vq_gated_unit", "armt"]
 FAST_LOGITS += ["rwkv4", "rwkv6", "mamba2"]
-FAST_GRADIENTS = ["gated_retention_alone", "mamba1"]
+FAST_GRADIENTS = ["gated_retention_alone", "mamba1_one_layer"]
 ONE_EACH = [*FAST_LOGITS, "gated_retention", "lightning", "transnormer", "mamba1"]
 
 

@@ -17,7 +17,7 @@ from tests.helpers import assert_close, in_float64, make_normal
 
 FORMS = ["two_pass", "chunked", "block", "prefix", "quadratic", "recurrent"]
 FORMS += ["causal_dot_product", "recursion", "fleet", "reference"]
-BATCH, SEQ, HEADS, D_KEY, D_VALUE = 2, 13, 4, 3, 5
+BATCH, SEQ, HEADS, D_KEY, D_VALUE = 2, 14, 4, 3, 5
 CONSTANT = np.array([0.0, 0.4, 0.97, 1.0])  # forgets all, ..., nothing
 
 
@@ -76,17 +76,17 @@ def test_decay_attention_in_two_calls(form, kind):
     x = make_inputs(kv_heads=2)
     with np.errstate(divide="ignore"):
         log_gamma = np.log(gamma)
+
+    @jax.jit
+    def attend(q, k, v, log_gamma, state):
+        options = {"scale": 0.7, "chunk_len": 4, "implementation": form}
+        return decay_attention(q, k, v, log_gamma, state, **options)
+
     outs, state = [], x["state"]
-    for first, last in [(0, 6), (6, SEQ)]:
+    for first, last in [(0, SEQ // 2), (SEQ // 2, SEQ)]:
         here = slice(first, last)
-        out, state = decay_attention(
-            *(jnp.asarray(x[name][:, here]) for name in "qkv"),
-            jnp.asarray(log_gamma if kind == "constant" else log_gamma[:, here]),
-            jnp.asarray(state),
-            scale=0.7,
-            chunk_len=4,
-            implementation=form,
-        )
+        tokens = (x[name][:, here] for name in "qkv")
+        out, state = attend(*tokens, log_gamma if kind == "constant" else log_gamma[:, here], state)
         outs.append(out)
     expected, after = transcribe(**x, gamma=gamma, scale=0.7)
     assert_close(np.concatenate(outs, axis=1), expected, rel_rms=1e-12)
