@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longctx_jax.models import build_model
-from tests.golden.equations import armt, decay, mamba, rwkv, transformer_vq
+from tests.golden.equations import armt, decay, mamba, rmt, rwkv, transformer_vq
 from tests.golden.equations.common import StopGradient
 from tests.golden.equations.differences import check_gradients
 from tests.helpers import assert_close, in_float64, make_normal
@@ -116,6 +116,11 @@ CASES = {
     "armt_many_segments": of_armt({"segment_len": 2, "n_memory_tokens": 1, "eps": 0.01}),
     "armt_one_layer": of_armt({"segment_len": 5, "nu": 1}, n_layers=1),
     "armt_diagonal": of_armt({}, schedule="diagonal"),
+    "rmt": (rmt.language_model, {"name": "recurrent_memory", "memory": {**ARMT, "kind": "rmt"}}),
+    "layerwise_memory": (
+        rmt.layerwise,
+        {"name": "recurrent_memory", "memory": {**ARMT, "kind": "layerwise"}},
+    ),
     "rwkv4": of_rwkv(RWKV4, **PUBLISHED_RWKV),
     "rwkv4_swiglu": of_rwkv({**RWKV4, "chunk_len": 5}, mlp="swiglu"),
     "rwkv6": of_rwkv(RWKV6, **PUBLISHED_RWKV),
@@ -146,7 +151,7 @@ KNOWN_FAULTS = {
 FAST_LOGITS = ["retnet", "vq_gqa_relative", "vq_gated_unit", "armt"]
 FAST_LOGITS += ["rwkv4", "rwkv6", "mamba2"]
 FAST_GRADIENTS = ["gated_retention_alone", "mamba1_one_layer"]
-ONE_EACH = [*FAST_LOGITS, "gated_retention", "lightning", "transnormer", "mamba1"]
+ONE_EACH = [*FAST_LOGITS, "gated_retention", "lightning", "transnormer", "mamba1", "rmt"]
 
 
 def rounds_constants(name):
