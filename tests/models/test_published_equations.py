@@ -253,7 +253,7 @@ def test_logits_and_gradients(name):
         moved = transcribe(name, {**variables, "params": params}, tokens, sg.rewind())
         return np.sum(weights * moved)
 
-    tolerance = 3e-6 if is_rounded else 1e-7
+    tolerance = 1e-5 if is_rounded else 1e-7
     check_gradients(loss, variables["params"], gradients, tolerance)
 
 
@@ -309,7 +309,7 @@ def test_float32_logits(name):
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
     logits = model.apply(variables, tokens).logits
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
-    assert_close(logits, transcribe(name, wide, tokens), rel_rms=2e-6)
+    assert_close(logits, transcribe(name, wide, tokens), rel_rms=4e-6)
 
 
 @pytest.mark.slow

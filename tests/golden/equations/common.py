@@ -34,7 +34,7 @@ class StopGradient:
 
 
 def sigmoid(x):
-    return 0.5 * (1.0 + np.tanh(0.5 * x))  # does not overflow
+    return np.exp(-np.logaddexp(0.0, -x))  # 1 / (1 + exp(-x)) to the last digits of small ones
 
 
 def silu(x):
