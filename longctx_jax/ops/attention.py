@@ -9,7 +9,7 @@ other mask. Every form returns a `Partial` (output, log of the normaliser), so r
 key sets combine exactly. Query heads may be a multiple of key/value heads (GQA; MQA has one of
 them): query head h reads key head h // (query heads / key heads).
 
-Not here: rotating queries and keys (`position.py`), caches (`nn/attention.py`).
+Not here: rotating queries and keys (`position.py`), caches (`nn/kv_cache.py`).
 """
 
 import dataclasses

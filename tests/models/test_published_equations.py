@@ -98,7 +98,6 @@ CASES = {
     "vq_gqa_relative": of_vq(VQ, **GQA, mlp="relu2"),
     "vq_mqa_relative": of_vq({**VQ, "block_len": 5, "window_len": 6}, n_kv_heads=1),
     "vq_gated_unit_relative": of_vq({**VQ, "gate": "silu", "block_len": 1}, **GATED_UNIT),
-    "vq_laplace": of_vq({**NO_BIAS, "smoothing": "laplace", "block_len": 13}),
     "vq_no_table": of_vq({**NO_BIAS, "use_table": False}),
     "vq_no_table_relative": of_vq({**VQ, "use_table": False}),
     "vq_no_gradient_through_cache": of_vq({**NO_BIAS, "grad_through_cache": False}),

@@ -93,7 +93,7 @@ def test_the_page_s_mixer_goes_through_the_documented_commands(tmp_path):
     assert found["step"] == 6 and found["bits_per_byte"] > 0
     assert "def " in must("generate", f"--workdir={workdir}", "--prompt=def ", "--max_new_tokens=4")
     assert "cache by context" in must("memory", *TINY, "--contexts=16,32")
-    assert "8 devices" in must("train", *tiny, "--plan_only", "--plan_devices=8")
+    assert "devices=8" in must("train", *tiny, "--plan_only", "--plan_devices=8")
     tuned = [f"--config=configs/from_run.py:{workdir}", f"--workdir={tmp_path / 'tuned'}"]
     must("train", *tuned, "--config.train.n_steps=7")
     refused = run(tmp_path, "evaluate", f"--workdir={workdir}")

@@ -24,16 +24,9 @@ from tests.golden.equations import common
 from tests.golden.equations.common import heads, silu, softmax
 
 
-def codewords(codebook, smoothing):
-    """C = sums / max(counts, 0.01), as in the public code; or with smoothed counts, e = 0.01.
-
-    Laplace smoothing as van den Oord et al.'s public code has it: (n + e) / (N + S e) N.
-    """
+def codewords(codebook):
+    """C = sums / max(counts, 0.01), as in the public code."""
     sums, counts = codebook
-    if smoothing == "laplace":
-        total = np.sum(counts, axis=-1, keepdims=True)
-        counts = (counts + 0.01) / (total + counts.shape[-1] * 0.01) * total
-        return sums / counts[..., None]
     return sums / np.maximum(counts, 0.01)[..., None]
 
 
@@ -65,7 +58,7 @@ def vq_attention(p, x, codebook, c, sg, errors):
         u, w = p["content_bias"] / root, p["position_bias"] / root
         r = [sinusoid(d, c["d_model"], o["position_theta"]) for d in range(window + 1)]
         r = heads(np.stack(r) @ p["relative"]["kernel"], n_kv_heads) / root
-    words = codewords(codebook, o.get("smoothing", "clip"))
+    words = codewords(codebook)
     word = np.empty_like(k)
     for j in range(len(x)):
         for g in range(n_kv_heads):
