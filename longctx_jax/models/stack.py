@@ -53,24 +53,27 @@ def output_scale(config: ModelConfig) -> float:
     return (n_halves * config.n_layers) ** -0.5
 
 
+def make_block(config: ModelConfig, mixer: nn.Module) -> Block:
+    """Returns the block around a mixer."""
+    return Block(
+        mixer=mixer,
+        mlp=config.mlp,
+        d_ff=config.d_ff,
+        norm=config.norm,
+        dropout=config.dropout,
+        layer_drop=config.layer_drop,
+        dtype=config.dtype,
+        output_scale=output_scale(config),
+        n_layers=config.n_layers,
+        d_model=config.d_model,
+        norm_eps=config.norm_eps,
+    )
+
+
 def make_blocks(config: ModelConfig) -> tuple[Block, ...]:
     """Returns one block a pattern position."""
-    return tuple(
-        Block(
-            mixer=make_mixer(config, mixer_kind(config, kind)),
-            mlp=config.mlp,
-            d_ff=config.d_ff,
-            norm=config.norm,
-            dropout=config.dropout,
-            layer_drop=config.layer_drop,
-            dtype=config.dtype,
-            output_scale=output_scale(config),
-            n_layers=config.n_layers,
-            d_model=config.d_model,
-            norm_eps=config.norm_eps,
-        )
-        for kind in config.pattern
-    )
+    kinds = [mixer_kind(config, kind) for kind in config.pattern]
+    return tuple(make_block(config, make_mixer(config, kind)) for kind in kinds)
 
 
 def make_mixer(config: ModelConfig, kind: str) -> nn.Module:
@@ -237,13 +240,9 @@ def run_segments(
             stacked,
             stream,
             caches,
-            schedule=config.schedule,
             key=key,
             first_segment=first_segment,
-            n_ramp_buckets=config.n_ramp_buckets,
-            unroll=config.unroll,
-            layer_axis=config.layer_axis,
-            sequence_axis=config.sequence_axis,
+            **schedule_options(config),
         )
         return y, caches, aux
 
@@ -251,6 +250,12 @@ def run_segments(
     if wanted_back and is_one_segment:
         caches = settle(before, caches)
     return y, caches if wanted_back else None, aux
+
+
+def schedule_options(config: ModelConfig) -> dict[str, Any]:
+    """Returns what the config says of `run_stack`'s options."""
+    names = ("schedule", "n_ramp_buckets", "unroll", "layer_axis", "sequence_axis")
+    return {name: getattr(config, name) for name in names}
 
 
 def _default_segment_len(config: ModelConfig, seq: int) -> int:

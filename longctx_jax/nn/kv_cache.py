@@ -1,7 +1,7 @@
 """The key/value cache of exact attention: a ring buffer of the last `capacity` tokens.
 
 Slot p % capacity holds the token at stream position p; each slot records its position and document,
-so the visibility rule of `ops/attention.py` is the only mask. One cache serves full attention
+so the visibility rule of `ops/attention` is the only mask. One cache serves full attention
 (capacity = the longest context wanted) and sliding windows (capacity = window). A stream longer
 than the capacity keeps going: attention then sees the last `capacity` tokens, at any split.
 

@@ -48,5 +48,5 @@ class MLP(nn.Module):
         return dense(x.shape[-1], self.dtype, "down", self.output_scale)(hidden)
 
 
-# "rwkv": the channel mix of nn/channel_mix.py, which has a state; "none": the block has no second half
+# "rwkv": `channel_mix.py`, which has a state; "none": the block has no second half
 MLPS = ("swiglu", "gelu", "relu2", "rwkv", "none")

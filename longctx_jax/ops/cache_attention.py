@@ -1,6 +1,6 @@
 """Softmax attention to a cache: keys with heads before slots, and values, or rows that are both.
 
-The visibility rule and the results are those of `attention.py`; what differs is where keys lie (a
+The visibility rule and the results are those of `attention/`; what differs is where keys lie (a
 head's keys are a matrix, those of all layers may be one array) and which implementations pay for a
 single query.
 """

@@ -14,7 +14,14 @@ from jax.test_util import check_grads
 
 from longctx_jax.ops import attention as ops
 from longctx_jax.ops import dispatch
-from longctx_jax.ops.attention import Keys, Partial, attention, attention_partial
+from longctx_jax.ops.attention import (
+    Keys,
+    Partial,
+    attention,
+    attention_partial,
+    forms,
+    select,
+)
 from longctx_jax.ops.position import DistanceBias
 from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
 
@@ -57,8 +64,8 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Makes a few tokens span several blocks."""
-    monkeypatch.setattr(ops, "KEY_BLOCK_LEN", BLOCK)
-    monkeypatch.setattr(ops, "MIN_BAND_LEN", BLOCK)
+    monkeypatch.setattr(forms, "KEY_BLOCK_LEN", BLOCK)
+    monkeypatch.setattr(forms, "MIN_BAND_LEN", BLOCK)
 
 
 def make_inputs(shape):
@@ -376,7 +383,7 @@ def test_merge_of_unequal_shapes():
 
 # --- choosing a form ---------------------------------------------------------------------------
 
-GPU = ops._Facts("gpu", "bfloat16", 512, 512, 64, 64, 0, True, False, False, False)
+GPU = select._Facts("gpu", "bfloat16", 512, 512, 64, 64, 0, True, False, False, False)
 CHOICES = [
     ("cudnn", {}),
     ("cudnn", {"window_len": 128}),
@@ -402,7 +409,7 @@ def test_the_automatic_choice(expected, changes, monkeypatch):
     monkeypatch.undo()  # the true block lengths
     facts = GPU.__class__(**{**GPU.__dict__, **changes})
     for _ in range(2):
-        assert dispatch.choose("attention", ops.IMPLEMENTATIONS, "auto", facts).name == expected
+        assert dispatch.choose("attention", select.IMPLEMENTATIONS, "auto", facts).name == expected
 
 
 def test_the_choice_is_said_once(monkeypatch):
@@ -410,7 +417,7 @@ def test_the_choice_is_said_once(monkeypatch):
     monkeypatch.setattr(dispatch, "_ALREADY_SAID", set())
     monkeypatch.setattr(dispatch.logging, "info", lambda line, *args: lines.append(line % args))
     for facts in (GPU, GPU, GPU.__class__(**{**GPU.__dict__, "window_len": 8, "dtype": "float32"})):
-        dispatch.choose("attention", ops.IMPLEMENTATIONS, "auto", facts)
+        dispatch.choose("attention", select.IMPLEMENTATIONS, "auto", facts)
     assert len(lines) == 2
     assert "op=attention implementation=cudnn" in lines[0]
     assert "implementation=banded" in lines[1] and "cudnn: it takes bfloat16" in lines[1]

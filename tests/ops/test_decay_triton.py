@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx_jax.ops.decay import pallas_triton, recurrent
+from longctx_jax.ops.decay import pallas_triton, pallas_triton_step, recurrent
 from longctx_jax.ops.decay.block import walk_blocks
 from longctx_jax.ops.decay.facts import Facts
 from longctx_jax.ops.decay.linear_vjp import share_heads
@@ -151,7 +151,7 @@ def test_step(kind, has_reset):
     if kind == "per_token":
         decay = -jnp.abs(jnp.float32(make_normal(4, 2, 4)))
     options = {"scale": 0.3, "reset": jnp.asarray([[True], [False]]) if has_reset else None}
-    actual = pallas_triton.step(q, k, v, decay, state, **options, interpret=True)
+    actual = pallas_triton_step.step(q, k, v, decay, state, **options, interpret=True)
     expected = recurrent.step(q, k, v, decay, state, **options)
     assert_trees_close(actual, expected, rel_rms=1e-6)
 
@@ -188,7 +188,7 @@ def test_step_lowers_for_cuda():
     x = jax.ShapeDtypeStruct((2, 4, 64), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.float32)
     decay = jax.ShapeDtypeStruct((4,), jnp.float32)
-    run = functools.partial(pallas_triton.step, scale=1.0)
+    run = functools.partial(pallas_triton_step.step, scale=1.0)
     assert lower_for_cuda(run, x, x, x, decay, state).count(TARGET) == 1
 
 

@@ -18,7 +18,13 @@ from longctx_jax.models.body import Source, Wanted
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.inattention.cache import choose_cache, d_memory, d_rotary
 from longctx_jax.models.segments import run_in_segments
-from longctx_jax.models.stack import call_module, layer_names, output_scale, rematerialize
+from longctx_jax.models.stack import (
+    call_module,
+    layer_names,
+    make_block,
+    output_scale,
+    rematerialize,
+)
 from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Documents, own_documents
 from longctx_jax.nn.inattention.attention import InitialAttention, SharedProjections
@@ -43,7 +49,7 @@ from longctx_jax.ops.position import alibi_slopes
 from longctx_jax.typing import PRNGKey, PyTree
 
 
-def make_block(config: ModelConfig) -> Block:
+def layer_block(config: ModelConfig) -> Block:
     """Returns the block of every layer."""
     c = config.inattention
     mixer = InitialAttention(
@@ -63,17 +69,7 @@ def make_block(config: ModelConfig) -> Block:
         dtype=config.dtype,
         output_scale=output_scale(config),
     )
-    return Block(
-        mixer=mixer,
-        mlp=config.mlp,
-        d_ff=config.d_ff,
-        norm=config.norm,
-        dropout=config.dropout,
-        layer_drop=config.layer_drop,
-        dtype=config.dtype,
-        output_scale=output_scale(config),
-        norm_eps=config.norm_eps,
-    )
+    return make_block(config, mixer)
 
 
 def make_row_maker(config: ModelConfig) -> RowMaker:
@@ -109,7 +105,7 @@ def init_initial(config: ModelConfig, key: PRNGKey) -> tuple[dict[str, PyTree], 
         shared, variables = make_shared(config).init_with_output(shared_key, d_memory(config))
         initial["shared"] = variables["params"]
     sight = Sight(rows[1], zero, zero, zero, None, None, None, None, None, shared, None, None)
-    block = make_block(config)
+    block = layer_block(config)
 
     def init(layer):
         return block.init(jax.random.fold_in(stack_key, layer), example, sight)["params"]
@@ -303,12 +299,12 @@ class _Run(NamedTuple):
             return extend_counts(before, tokens, place, slopes)
         if before.keys is None:
             return KeyMemory(None, place)
-        key, value = project(make_block(self.config).mixer, shared, rows, positions)
+        key, value = project(layer_block(self.config).mixer, shared, rows, positions)
         return KeyMemory(extend(before.keys, key, value, documents.index), place)
 
     def _through(self, x, sight: Sight, documents, layers, key):
         """Runs tokens [batch, n, d_model] through the layers."""
-        block, (name,) = make_block(self.config), layer_names(self.config)
+        block, (name,) = layer_block(self.config), layer_names(self.config)
 
         is_token = sight.rows.shape[1] == 1
         lent = lend(layers, stays_whole=is_token) if isinstance(layers, KVCache) else None

@@ -38,7 +38,12 @@ from longctx_jax.models.recurrent_memory.cells import (
 from longctx_jax.models.recurrent_memory.state import SegmentCache, State, init_state, make_layers
 from longctx_jax.models.schedules import run_stack
 from longctx_jax.models.segments import after, cut, join
-from longctx_jax.models.stack import layer_names, layer_places, rematerialize
+from longctx_jax.models.stack import (
+    layer_names,
+    layer_places,
+    rematerialize,
+    schedule_options,
+)
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.typing import PRNGKey, PyTree
 
@@ -289,13 +294,9 @@ class _Run:
             stacked,
             rows,
             caches,
-            schedule=config.schedule,
             key=key,
             first_segment=number,
-            n_ramp_buckets=config.n_ramp_buckets,
-            unroll=config.unroll,
-            layer_axis=config.layer_axis,
-            sequence_axis=config.sequence_axis,
+            **schedule_options(config),
         )
 
     def _one(self, cell: str, rows: Rows, caches, number: Any, folded: int | None = None):

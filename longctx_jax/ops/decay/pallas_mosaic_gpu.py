@@ -21,7 +21,7 @@ where the sequence is cut into segments (`kernel_inputs.py`) 2 (key + value) mor
 
 The interpreter of jax 0.11 and 0.12 knows neither wgmma with an operand in registers nor an
 accumulator that starts from a value. Interpreted, the scores pass through shared memory and sums
-are added outside: the only two differences, both in `_as_operand` and `_add_products`.
+are added outside: the only two differences, both in `pallas_mosaic_gpu_chunk.py`.
 
 Nothing else imports this file but `select.py`, when it runs it.
 """
@@ -47,15 +47,21 @@ from longctx_jax.ops.decay.kernel_inputs import (
     states_before_segments,
 )
 from longctx_jax.ops.decay.linear_vjp import differentiable
+from longctx_jax.ops.decay.pallas_mosaic_gpu_chunk import (
+    CHUNK_LEN,
+    IS_NEW,
+    TILE,
+    Plan,
+    advance_chunk,
+    load,
+    store,
+)
 from longctx_jax.ops.decay.powers import log_sums
 from longctx_jax.typing import Array, Bool, DType, Float
 
-CHUNK_LEN = 64  # tokens: the rows of one wgmma
-TILE = 64  # value columns a block owns; every width is padded to a multiple of it
 MAX_WIDTH = 128  # a state [256, 64] takes half of the registers and the scores do not fit beside it
 MEMORY_REGISTERS = 40  # a thread of the warpgroup that fetches; the others get 232
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
-_IS_NEW = jax.__version_info__ >= (0, 11)  # the API changed from 0.10 to 0.11
 
 
 def unsupported(facts: Facts) -> str:
@@ -109,32 +115,6 @@ def _run(interpret):
     return differentiable(functools.partial(walk, interpret=interpret))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is static about one launch; sizes are the padded ones.
-
-    Attributes:
-        n_chunks: of the whole sequence.
-        chunks_per_segment: the last segment may have fewer.
-        n_segments: segments that are walked at the same time.
-        n_warpgroups: that compute, in one block; each has its own tile of value columns.
-        states_only: only the segments' own states are wanted, of all but the last one walked.
-        is_interpreted: the kernel must do without what the interpreter does not know.
-    """
-
-    heads: int
-    d_key: int
-    d_value: int
-    n_chunks: int
-    chunks_per_segment: int
-    n_segments: int
-    n_warpgroups: int
-    scale: float
-    is_backwards: bool
-    states_only: bool
-    is_interpreted: bool
-
-
 def walk(
     x: jax.Array,
     y: jax.Array,
@@ -185,7 +165,7 @@ def walk(
     widths = [pl.cdiv(d, TILE) * TILE for d in (d_key, d_value)]
     n_segments = n_segments or segment_count(batch * heads * widths[1] // TILE, n_chunks)
     per_segment = pl.cdiv(n_chunks, n_segments)
-    plan = _Plan(
+    plan = Plan(
         heads=heads,
         d_key=widths[0],
         d_value=widths[1],
@@ -255,7 +235,7 @@ def _sums_of_chunks(log_decay: jax.Array, reset: jax.Array | None, seq: int) -> 
 
 
 def _launch(
-    plan: _Plan,
+    plan: Plan,
     x: jax.Array | None,
     y: jax.Array,
     z: jax.Array,
@@ -269,7 +249,7 @@ def _launch(
     The latter if x is None: states of all segments but the one walked last.
 
     Args:
-        plan: see `_Plan`; all arrays are padded.
+        plan: see `Plan`; all arrays are padded.
         x: [batch, seq, heads, key].
         y: as x.
         z: [batch, seq, heads, value].
@@ -297,7 +277,7 @@ def _launch(
             scratch["scores_smem"] = _bfloat16_smem(plan, CHUNK_LEN)
     names = (*inputs, *outputs, *scratch)
     options: dict[str, Any] = (
-        {} if _IS_NEW else {"lowering_semantics": plgpu.LoweringSemantics.Warpgroup}
+        {} if IS_NEW else {"lowering_semantics": plgpu.LoweringSemantics.Warpgroup}
     )
     threads = {"num_threads": plan.n_warpgroups + 1, "thread_name": "warpgroup"}
     run = plgpu.kernel(
@@ -314,7 +294,7 @@ def _launch(
     return (None if plan.states_only else out[0]), last
 
 
-def _bfloat16_smem(plan: _Plan, rows: int):
+def _bfloat16_smem(plan: Plan, rows: int):
     """Returns the type of a [rows, 64] tile for each warpgroup that wgmma and TMA can read."""
     each = (plan.n_warpgroups,) if plan.n_warpgroups > 1 else ()
     return plgpu.SMEM((*each, rows, TILE), jnp.bfloat16, transforms=_transforms())
@@ -324,12 +304,12 @@ def _transforms():
     return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
-def _n_stages(plan: _Plan) -> int:
+def _n_stages(plan: Plan) -> int:
     """Returns how many chunks are in flight, so that two warpgroups share the memory (227 KB)."""
     return 3 if plan.n_warpgroups > 1 or plan.d_key <= 64 else 2
 
 
-def _kernel(plan: _Plan, ref: dict[str, Any]) -> None:
+def _kernel(plan: Plan, ref: dict[str, Any]) -> None:
     """One block: every computing warpgroup walks the chunks of one segment for its value tile."""
     batch, head, segment, tile = (lax.axis_index(n) for n in ("batch", "head", "segment", "tile"))
     of_launch = segment  # backwards the states-only launch leaves out the first segment in time
@@ -367,16 +347,16 @@ def _kernel(plan: _Plan, ref: dict[str, Any]) -> None:
         tiles = dict(zip(names, refs, strict=True))
         if plan.n_warpgroups > 1:
             tiles["z"] = tiles["z"].at[:, pl.ds(own_tile * TILE, TILE)]
-        state, out = _advance(plan, tiles, own, state)
+        state, out = advance_chunk(plan, tiles, own, state)
         if out is not None:
             start = chunk_of(indices[0]) * CHUNK_LEN
-            _store(out, own, (batch, pl.ds(start, CHUNK_LEN), head, columns))
+            store(out, own, (batch, pl.ds(start, CHUNK_LEN), head, columns))
         return state
 
     def walk_chunks(pipeline):
         if "state" in ref:
             before = ref["state"].at[batch, head, segment, :, columns]
-            state = _load(before, plgpu.Layout.WGMMA, optimized=False)
+            state = load(before, plgpu.Layout.WGMMA, optimized=False)
         else:
             state = jnp.zeros((plan.d_key, TILE), jnp.float32)
             state = plgpu.layout_cast(state, plgpu.Layout.WGMMA)
@@ -411,114 +391,3 @@ def _kernel(plan: _Plan, ref: dict[str, Any]) -> None:
         compute_context=walk_chunks,
         **options,
     )(*inputs)
-
-
-def _advance(plan: _Plan, tiles: dict[str, Any], ref: dict[str, Any], state):
-    """Returns the state after one chunk, and the chunk's output (None if states_only)."""
-    scale_out, scale_in = (1.0, plan.scale) if plan.is_backwards else (plan.scale, 1.0)
-    sums = _load(tiles["sums"].at[0], plgpu.Layout.WGMMA.reduce(1))
-    end = tiles["sums"][0, CHUNK_LEN - 1]
-    from_start, to_end, forget = jnp.exp2(sums), jnp.exp2(end - sums), jnp.exp2(end)
-    read, write = (to_end, from_start) if plan.is_backwards else (from_start, to_end)
-    scores = out = None
-    if not plan.states_only:
-        ref["state_smem"][...] = state.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        scores, out = _read(plan, tiles, ref, sums)
-        out = out * _over_columns(scale_out * read)
-        scores = _as_operand(plan, ref, scores.astype(jnp.bfloat16))
-    z = _load(tiles["z"], plgpu.Layout.WGMMA).astype(jnp.float32)
-    # The tile still holds the output of the chunk before, on its way to memory.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    ref["tile_smem"][...] = (z * _over_columns(scale_in * write)).astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    written = (_transposed(tiles["y"]), ref["tile_smem"])
-    if plan.states_only:
-        (state,) = _add_products(plan, (state * forget, *written))
-    else:
-        out, state = _add_products(plan, (out, scores, tiles["z"]), (state * forget, *written))
-    return state, out
-
-
-def _read(plan: _Plan, tiles: dict[str, Any], ref: dict[str, Any], sums):
-    """Returns the chunk's decayed scores and what its tokens read from the state, undecayed."""
-    shape = (CHUNK_LEN, CHUNK_LEN)
-    other = _load(tiles["sums"].at[1], plgpu.Layout.WGMMA.reduce(0))
-
-    def decays():
-        i, j = (
-            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-            for axis in (0, 1)
-        )
-        difference = _over_columns(sums) - lax.broadcast_in_dim(other, shape, [1])
-        if plan.is_backwards:
-            i, j, difference = j, i, -difference
-        power = jnp.exp2(jnp.where(i >= j, difference, 0.0))
-        return jnp.where(i >= j, plan.scale * power, 0.0)
-
-    def products(scores, read):
-        plgpu.wgmma(scores, tiles["x"], _transposed(tiles["y"]))
-        plgpu.wgmma(read, tiles["x"], ref["state_smem"])
-        decay = decays()  # while the products are under way
-        return scores[...] * decay, read[...]
-
-    return pl.run_scoped(
-        products,
-        plgpu.WGMMAAccumulatorRef(shape, jnp.float32),
-        plgpu.WGMMAAccumulatorRef((CHUNK_LEN, TILE), jnp.float32),
-    )
-
-
-def _add_products(plan: _Plan, *sums):
-    """Returns c + a @ b of each (c, a, b) in sums, all under way at the same time."""
-    if plan.is_interpreted:
-
-        def product(accumulator, a, b):
-            plgpu.wgmma(accumulator, a, b)
-            return accumulator[...]
-
-        return tuple(
-            c
-            + pl.run_scoped(
-                functools.partial(product, a=a, b=b), plgpu.WGMMAAccumulatorRef(c.shape, c.dtype)
-            )
-            for c, a, b in sums
-        )
-
-    def add(accumulators):
-        for accumulator, (_, a, b) in zip(accumulators, sums, strict=True):
-            plgpu.wgmma(accumulator, a, b)
-
-    return pl.run_state(add)(tuple(plgpu.WGMMAAccumulatorRef.init(c) for c, _, _ in sums))
-
-
-def _as_operand(plan: _Plan, ref: dict[str, Any], scores):
-    """Returns what wgmma may take as its first operand."""
-    if not plan.is_interpreted:
-        return scores
-    ref["scores_smem"][...] = scores
-    return ref["scores_smem"]  # committed with the next tile
-
-
-def _store(out, ref: dict[str, Any], index) -> None:
-    """Writes one chunk's output [64, 64]: bfloat16 by TMA, float32 fills its sectors by itself."""
-    if ref["out"].dtype != jnp.bfloat16:
-        ref["out"][index] = out.astype(ref["out"].dtype)
-        return
-    ref["tile_smem"][...] = out.astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(ref["tile_smem"], ref["out"].at[index])
-
-
-def _over_columns(x):
-    """Returns one number a row, [64], as [64, 64]."""
-    return lax.broadcast_in_dim(x, (CHUNK_LEN, TILE), [0])
-
-
-def _load(ref, layout, *, optimized: bool = True):
-    index = () if _IS_NEW else ((),)
-    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
-
-
-def _transposed(ref):
-    return ref.transpose((1, 0)) if _IS_NEW else plgpu.transpose_ref(ref, (1, 0))

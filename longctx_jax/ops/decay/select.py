@@ -61,7 +61,7 @@ STEPS = (
     Implementation("recurrent", recurrent.step),
     Implementation(
         "pallas_triton",
-        leaf("decay.pallas_triton", "step"),
+        leaf("decay.pallas_triton_step", "step"),
         unsupported=leaf_unsupported("decay.pallas_triton"),
     ),
 )
