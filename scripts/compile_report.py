@@ -4,6 +4,7 @@ Writes a JSON line a kernel with its registers and spills, and fails if one that
 spills more than 64 bytes. What it needs: `longctx_jax/benchmarking/deviceless.py`.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ _KERNELS = flags.DEFINE_enum(
 )
 _OUT = flags.DEFINE_string("out", "", "JSON-lines file; empty = one in results/.")
 SPILL_LIMIT = 64  # bytes
+MEASURED = ("tiling", "registers", "spill_store_bytes", "spill_load_bytes", "stack_bytes")
 WIDTHS = {  # (backend, dtype) -> (key, value) widths
     ("pallas_triton", "bfloat16"): (
         (16, 64),
@@ -280,22 +282,30 @@ def main(arguments: list[str]) -> None:
     log = deviceless.prepare_environment()
     import jax
 
+    from longctx_jax.benchmarking import rows as rows_of
+
     cases, compile_case = {
         "decay": (decay_cases, compile_decay),
         "vq": (vq_cases, compile_vq),
         "flash_decoding": (flash_decoding_cases, compile_flash_decoding),
     }[_KERNELS.value]
     out = pathlib.Path(_OUT.value or f"results/{_KERNELS.value}_h200_registers.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, case in enumerate(every := cases()):
-        rows += compile_case(case, log)
+        numbers = collections.Counter()  # of the same kernel in one class of calls
+        for row in compile_case(case, log):
+            measured = {name: row.pop(name) for name in MEASURED if name in row}
+            about = {"suite": "registers", "kernels": _KERNELS.value, **row}
+            about["number"] = numbers[row["kernel"]]
+            numbers[row["kernel"]] += 1
+            rows.append(rows_of.make(about, measured))
         print(f"\r{number + 1} of {len(every)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     fields = {"device": "NVIDIA H200 (compiled without one)", "jax_version": jax.__version__}
     fields["command"] = f"python -m scripts.compile_report --kernels={_KERNELS.value}"
-    out.write_text("".join(json.dumps(row | fields) + "\n" for row in rows))
-    worst = max(rows, key=lambda row: row["spill_store_bytes"])
+    out.unlink(missing_ok=True)
+    rows_of.append(out, [row | {"environment": fields} for row in rows])
+    worst = max(map(rows_of.flat, rows), key=lambda row: row["spill_store_bytes"])
     print(f"wrote {len(rows)} kernels to {out}; most spilled: {json.dumps(worst)}")
     if worst["spill_store_bytes"] > SPILL_LIMIT:
         raise common.UsageError(

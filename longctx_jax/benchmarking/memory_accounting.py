@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from longctx_jax.benchmarking.activation_formulas import PROGRAMS, temporary_terms
 from longctx_jax.benchmarking.cache_formulas import Terms, cache_bytes
-from longctx_jax.benchmarking.decode_suite import PREFILL_LEN, token_loop
+from longctx_jax.benchmarking.decoding_cases import PREFILL_LEN, token_loop
 from longctx_jax.models.base import Decoder
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import init_state

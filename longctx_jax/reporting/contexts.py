@@ -38,7 +38,8 @@ def context_curves(runs: Sequence[Run]) -> list[ContextCurve]:
     """The curves of all rows found; of rows about the same thing the last counts."""
     points: dict[tuple[str, int | None, str], dict[float, float]] = {}
     for path in _row_files(runs):
-        for row in files.read_lines(path, MAX_FILE_BYTES)[0]:
+        for line in files.read_lines(path, MAX_FILE_BYTES)[0]:
+            row = _flat(line)
             length, bits = (
                 files.number(row.get("context_len")),
                 files.number(row.get("bits_per_byte")),
@@ -74,6 +75,12 @@ def _row_files(runs: Sequence[Run]) -> list[pathlib.Path]:
             folders[folder.parent.parent] = None
     found = (path for folder in folders for path in sorted(folder.glob("*.jsonl")))
     return [path for path in found if path.name not in _OTHER_FILES][:MAX_FILES]
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The case and what was measured, side by side; {} of a line that is no row."""
+    case, measured = line.get("case"), line.get("measured")
+    return case | measured if isinstance(case, dict) and isinstance(measured, dict) else {}
 
 
 def _run_of(row: Mapping[str, Any], folder: pathlib.Path, runs: Sequence[Run]) -> int | None:

@@ -14,7 +14,9 @@ from longctx_jax.benchmarking import (
     memory_report,
     memory_search,
 )
+from longctx_jax.figures.accounting import draw_accounting
 from longctx_jax.models import build_model
+from longctx_jax.units import bytes_text
 from tests.models.conftest import MODELS, TINY
 
 MEMORY = {"segment_len": 4, "n_memory_tokens": 2, "d_memory": 4}
@@ -317,7 +319,7 @@ def test_widths_grow_in_steps_that_the_config_allows():
     + [(2.02 * 2**30, "2.02 GiB"), (24.5 * 2**10, "24.5 KiB"), (2**70, "1048576 PiB")],
 )
 def test_bytes_as_text(n, text):
-    assert memory_report.in_units(n) == text
+    assert bytes_text(n) == text
 
 
 def test_a_report_of_two_models():
@@ -336,9 +338,9 @@ def test_a_report_of_two_models():
     text = memory_report.format_report(rows)
     for part in ("cache by context", "peak by formula", "any", "largest model in the memory of"):
         assert part in text
-    axes = memory_report.draw_report(rows).axes
+    axes = draw_accounting(rows).axes
     assert [len(axis.lines) for axis in axes] == [2, 3]  # and the budget
     with pytest.raises(ValueError, match="--baseline must be one of .*got 'gqa'"):
         list(memory_report.model_rows(models, "gqa", (64,), setting))
     with pytest.raises(ValueError, match="needs rows of programs"):
-        memory_report.draw_report([])
+        draw_accounting([])
