@@ -15,8 +15,8 @@ from scripts import common
 _CHECK = flags.DEFINE_bool("check", False, "Only say which pictures are not those of their rows.")
 RESULTS = pathlib.Path("results")
 SCHEDULE = pathlib.Path("docs/schedule.png")
-SCHEDULE_SIZES = (12, 6)  # segments, layers
-NOT_DRAWN = ("faults", "registers", "quickstart")  # tables say it
+SCHEDULE_SIZES = (12, 6, 1, 3)  # segments, layers, length of a pattern, buckets
+NOT_DRAWN = ("faults", "registers", "runs")  # tables say it
 
 
 def draw(path: pathlib.Path) -> None:
