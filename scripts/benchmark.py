@@ -102,8 +102,8 @@ def main(arguments: list[str]) -> None:
     picture = out.with_suffix(".png")
     run.draw(suite, out, picture)
     print(f"wrote {len(measured)} rows to {out}, and {picture}")
-    if suite.after:
-        print(*suite.after(request, rows.recorded(out), where), sep="\n")
+    for line in suite.after(request, rows.recorded(out), where) if suite.after else ():
+        print(line)
     if where["platform"] == "cpu":
         print("these are CPU timings: they show that things run, not which method is faster")
 

@@ -23,11 +23,11 @@ from longctx_jax.benchmarking.memory_search import (
     largest_models,
 )
 from longctx_jax.benchmarking.model_cases import shape_fields
-from longctx_jax.benchmarking.rows import Fields as Row
 from longctx_jax.models.base import Decoder
 from longctx_jax.units import bytes_text
 
 Models = Mapping[str, Decoder]
+Row = dict[str, Any]  # flat: scripts.memory says what is measured of it
 SUITE = "memory_accounting"
 PEAK_PROGRAMS = ("prefill", "loop")  # what generation runs
 

@@ -4,6 +4,7 @@ import pytest
 
 from longctx_jax.figures import saving
 from longctx_jax.figures.panels import Bars, Group, Lines, draw_groups
+from longctx_jax.units import number_text, tokens_text
 from tests.command_lines import run_all
 from tests.tiny import PROJECT
 
@@ -73,3 +74,18 @@ def test_committed_pictures_are_of_the_committed_rows(tmp_path):
     assert other.returncode == 1 and "run python -m scripts.figures" in " ".join(
         other.stderr.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(1, "1"), (300, "300"), (512, "512"), (1024, "1k"), (65_536, "64k"), (2**20, "1M")],
+)
+def test_places_of_powers_of_two_are_short(n, text):
+    assert tokens_text(n) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.002, "0.002"), (9.5, "9.5"), (20_000, "20k"), (1.25e9, "1.25G")]
+)
+def test_values_are_short(value, text):
+    assert number_text(value) == text

@@ -190,7 +190,9 @@ def test_context_rows_belong_to_the_run_they_name(tmp_path, run_maker):
     def row(length, bits, **fields):
         case = {"suite": "context", "data": "text", "split": "test", **fields}
         case["context_len"] = length
-        return json.dumps({"case": case, "measured": {"bits_per_byte": bits}}) + "\n"
+        found = {"bits_per_byte": bits}
+        where = {"revision": "abc-dirty" if "model" in fields else "abc"}
+        return json.dumps({"case": case, "measured": found, "environment": where}) + "\n"
 
     rows = [row(64, 2.0, run="b"), row(8, 3.0, run="b"), row(8, 2.5, run="b")]
     rows += [
@@ -204,6 +206,8 @@ def test_context_rows_belong_to_the_run_they_name(tmp_path, run_maker):
     named, unnamed = contexts.context_curves(load_all(folders))
     assert named == contexts.ContextCurve("text test", 1, "", ((8.0, 2.5), (64.0, 2.0)))
     assert (unnamed.run, unnamed.model) == (None, "model decay")
+    texts = [row[1] for row in contexts.context_table([named, unnamed]).rows]
+    assert texts == ["text test", "text test, uncommitted tree"]
     text = render(*folders)
     assert "Context length" in titles(text) and "model decay" in text
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
+from longctx_jax.benchmarking.decay.parts import PARTS
 from longctx_jax.benchmarking.rows import Fields, Flat, Row
 from longctx_jax.benchmarking.suite import Option, Request, Suite
-
-PARTS = ("main", "grid", "float32", "per_token", "long")
 
 
 def _rows(request: Request) -> Iterator[Row]:

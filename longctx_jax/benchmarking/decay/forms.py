@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from longctx_jax.benchmarking import roofline
-from longctx_jax.benchmarking.decay import PARTS, cases, floors, peers, summary
+from longctx_jax.benchmarking.decay import cases, floors, peers, summary
+from longctx_jax.benchmarking.decay.parts import PARTS
 from longctx_jax.benchmarking.rows import Fields, Row, flat, make
 from longctx_jax.benchmarking.timing import Limits, device_bytes, measure_in_turns
 from longctx_jax.ops.attention import attention

@@ -24,7 +24,6 @@ from longctx_jax.benchmarking.model_cases import (
 from longctx_jax.benchmarking.ratios import speed_ratio
 from longctx_jax.benchmarking.rows import Fields, Row, make
 from longctx_jax.benchmarking.timing import Case, Limits
-from longctx_jax.benchmarking.vq import HEADS
 from longctx_jax.models import build_model
 from longctx_jax.models.base import Decoder, ModelCache
 from longctx_jax.models.config import ModelConfig
@@ -106,13 +105,13 @@ def vq_fields(head_type: str, size: Sizes) -> Fields:
     return {"head_type": head_type, **fields, "window_len": size.block_len}
 
 
-def model_rows(config: Any, limits: Limits, heads: Sequence[str] = HEADS) -> Iterator[Row]:
+def model_rows(config: Any, limits: Limits, heads: Sequence[str]) -> Iterator[Row]:
     """Yields whole updates of each form at each length, and how many times as fast ours are.
 
     Args:
         config: a whole config; its optim and train.loss_chunk_len count.
         limits: how long to measure.
-        heads: of `HEADS`, which to run.
+        heads: head types, which to run.
     """
     platform = jax.default_backend()
     size = sizes(platform, limits)
@@ -149,7 +148,7 @@ def model_rows(config: Any, limits: Limits, heads: Sequence[str] = HEADS) -> Ite
                         yield make(names | about, ratio)
 
 
-def decode_rows(limits: Limits, heads: Sequence[str] = HEADS) -> Iterator[Row]:
+def decode_rows(limits: Limits, heads: Sequence[str]) -> Iterator[Row]:
     """Yields the time of a token, and the memory of the state, after each length of context."""
     size = sizes(jax.default_backend(), limits)
     n_new = 4 if limits.is_quick else N_NEW
