@@ -80,11 +80,12 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
 
 
 def _telling(rows: Sequence[Row]) -> list[str]:
-    """Returns `name`, and the other fields of cases that have several values."""
+    """Returns `name`, and the other fields of cases that have several values; no lists."""
     values: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row["case"].items():
-            values.setdefault(name, set()).add(json.dumps(value))
+            if not isinstance(value, list | tuple | dict):
+                values.setdefault(name, set()).add(json.dumps(value))
     return ["name", *(n for n, found in values.items() if len(found) > 1 and n != "name")]
 
 

@@ -160,6 +160,45 @@ class Limits:
             cases, n_runs=self.n_runs, n_warmup=self.n_warmup, max_seconds=self.max_seconds
         )
 
+    def measure_able(
+        self,
+        cases: Mapping[str, Case],
+        *,
+        most_runs: int = 0,
+        most_warmup: int = 2,
+        cpu_seconds: float = 0.0,
+        may_fail: tuple[type[Exception], ...] = (),
+    ) -> Measured:
+        """Returns the same of cases some of which may not run here, or not fit: those say so.
+
+        Args:
+            cases: by name.
+            most_runs: and no more; 0 = no other limit.
+            most_warmup: rounds that do not count.
+            cpu_seconds: that the rounds may take on a CPU; 0 = no other limit.
+            may_fail: what a case may raise, too.
+        """
+        seconds = self.max_seconds
+        if cpu_seconds and jax.default_backend() == "cpu":
+            seconds = min(seconds or cpu_seconds, cpu_seconds)
+        return measure_in_turns(
+            cases,
+            n_runs=min(self.n_runs, most_runs or self.n_runs),
+            n_warmup=min(self.n_warmup, most_warmup),
+            max_seconds=seconds,
+            max_bytes=device_bytes(),
+            may_fail=(jax.errors.JaxRuntimeError, NotImplementedError, *may_fail),
+        )
+
+
+def why_not(function: Callable[..., Any], *arguments: Any) -> str:
+    """Returns why a function cannot run on such arguments here, "" if it can; compiles nothing."""
+    try:
+        jax.eval_shape(function, *arguments)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
 
 class _TooLarge(Exception):
     """The compiled plan of a case holds more bytes than it may."""

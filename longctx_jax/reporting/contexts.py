@@ -87,12 +87,13 @@ def _row_files(runs: Sequence[Run]) -> list[pathlib.Path]:
 
 def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a row side by side; {} of a line that is no row."""
-    parts = [line.get(kind) for kind in reversed(KINDS)]  # of equal names the case's counts
-    return {k: v for part in parts for k, v in part.items()} if _are_objects(parts) else {}
-
-
-def _are_objects(parts: Sequence[Any]) -> bool:
-    return all(isinstance(part, dict) for part in parts)
+    fields: dict[str, Any] = {}
+    for kind in reversed(KINDS):  # of equal names the case's counts
+        part = line.get(kind)
+        if not isinstance(part, dict):
+            return {}
+        fields |= part
+    return fields
 
 
 def _run_of(row: Mapping[str, Any], folder: pathlib.Path, runs: Sequence[Run]) -> int | None:

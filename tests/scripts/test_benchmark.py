@@ -87,6 +87,6 @@ def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
         assert row["is_quick"] and row["device"] and row["revision"] and row["date"]
         assert row["jax_version"] and row["command"].startswith("python -m scripts.benchmark")
         assert row["xla_flags"] == os.environ.get("XLA_FLAGS", "")
-    assert ("speed_ratio" in done.stdout) == (suite == "train")
+    assert ("tokens/s for tokens/s" in done.stdout) == (suite == "train")
     assert "CPU timings" in done.stdout or rows[0]["platform"] != "cpu"
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ why.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +18,7 @@ from longctx_jax.benchmarking import roofline
 from longctx_jax.benchmarking.decay import cases, floors, peers, summary
 from longctx_jax.benchmarking.decay.parts import PARTS
 from longctx_jax.benchmarking.rows import Fields, Row, flat, make
-from longctx_jax.benchmarking.timing import Limits, device_bytes, measure_in_turns
+from longctx_jax.benchmarking.timing import Limits, why_not
 from longctx_jax.ops.attention import attention
 from longctx_jax.ops.decay.facts import Facts, facts_of
 from longctx_jax.ops.decay.select import IMPLEMENTATIONS, explain_facts
@@ -205,13 +206,8 @@ def _softmax_unsupported(name: str, facts: Facts) -> str:
     shape = (facts.batch, facts.seq, facts.heads, facts.d_key)
     array = jax.ShapeDtypeStruct(shape, facts.dtype)
     implementation = name.removeprefix(cases.SOFTMAX)
-    try:
-        jax.eval_shape(
-            lambda *qkv: attention(*qkv, implementation=implementation), array, array, array
-        )
-    except NotImplementedError as error:
-        return str(error)
-    return ""
+    form = functools.partial(attention, implementation=implementation)
+    return why_not(form, array, array, array)
 
 
 def _measure(names: Sequence[str], inputs: cases.Inputs, limits: Limits) -> dict[str, Fields]:
@@ -222,23 +218,10 @@ def _measure(names: Sequence[str], inputs: cases.Inputs, limits: Limits) -> dict
         groups[cases.predicted_seconds(name, facts) > SLOW_S].append(name)
     rows = {}
     for group, most in zip(groups, (limits.n_runs, SLOW_RUNS), strict=True):
-        measured = measure_in_turns(
-            {name: cases.make_case(name, inputs) for name in group},
-            n_runs=min(limits.n_runs, most),
-            n_warmup=limits.n_warmup,
-            max_seconds=rounds_seconds(facts.platform, limits),
-            max_bytes=device_bytes(),
-            may_fail=(jax.errors.JaxRuntimeError, NotImplementedError),
-        )
+        able = {name: cases.make_case(name, inputs) for name in group}
+        measured = limits.measure_able(able, most_runs=most, cpu_seconds=CPU_SECONDS)
         rows |= {name: row for name, (row, _) in measured.items()}
     for row in rows.values():
         if row.get("peak_bytes"):  # of one call: the others' arguments and outputs left out
             row["peak_bytes"] -= (row["n_inner"] - 1) * inputs.bytes_per_call()
     return rows
-
-
-def rounds_seconds(platform: str, limits: Limits) -> float:
-    """Returns the most seconds that the rounds of one group may take, 0 = no limit."""
-    if platform != "cpu":
-        return limits.max_seconds
-    return min(limits.max_seconds or CPU_SECONDS, CPU_SECONDS)

@@ -190,27 +190,19 @@ def _unsupported(form: str, shape: Shape) -> str:
         layer = vq_cases.make_layer(form, shape)
         x = jax.ShapeDtypeStruct((shape.batch, shape.seq, shape.d_model), shape.dtype)
         function, arguments = layer.init, (jax.random.key(0), x)
-    try:
-        jax.eval_shape(function, *arguments)
-    except NotImplementedError as error:
-        return str(error)
-    return ""
+    return timing.why_not(function, *arguments)
 
 
 def measure(cases: Mapping[str, Case], limits: Limits, most_runs: int) -> Measured:
     """Returns the measurements of cases that take turns, within the suite's limits."""
-    seconds, n_warmup = limits.max_seconds, limits.n_warmup
-    if jax.default_backend() == "cpu":
-        seconds, n_warmup = min(seconds or CPU_SECONDS, CPU_SECONDS), min(n_warmup, 1)
-    n_runs = min(limits.n_runs, most_runs)
-    return timing.measure_in_turns(
+    is_slow = min(limits.n_runs, most_runs) <= SLOW_RUNS
+    warmup = 1 if jax.default_backend() == "cpu" else 2
+    return limits.measure_able(
         cases,
-        n_runs=n_runs,
-        # The run that follows compilation has warmed up slow ones.
-        n_warmup=n_warmup if n_runs > SLOW_RUNS else 0,
-        max_seconds=seconds,
-        max_bytes=timing.device_bytes(),
-        may_fail=(jax.errors.JaxRuntimeError, NotImplementedError, vq_peers.PeerError),
+        most_runs=most_runs,
+        most_warmup=0 if is_slow else warmup,  # the run that follows compilation warms up
+        cpu_seconds=CPU_SECONDS,
+        may_fail=(vq_peers.PeerError,),
     )
 
 
@@ -312,10 +304,8 @@ def search_part(sizes: Setting, limits: Limits) -> Iterator[Row]:
         cases, reasons = {}, {}
         for name in [form.name for form in SEARCHES]:
             function = jax.jit(functools.partial(nearest_code, implementation=name))
-            try:
-                jax.eval_shape(function, vectors, codebook)
-            except NotImplementedError as error:
-                reasons[name] = str(error)
+            if reason := timing.why_not(function, vectors, codebook):
+                reasons[name] = reason
                 continue
             cases[name] = Case(function, lambda _, x=(vectors, codebook): x, keeps_output=False)
         measured = measure(cases, limits, limits.n_runs)

@@ -125,14 +125,8 @@ def model_rows(config: Any, limits: Limits, heads: Sequence[str]) -> Iterator[Ro
                 form: train_case(config, model, batch, seq, has_documents=False)
                 for form, model in models.items()
             }
-            measured = timing.measure_in_turns(
-                cases,
-                n_runs=min(limits.n_runs, MODEL_RUNS),
-                n_warmup=min(limits.n_warmup, 1),  # seconds each
-                max_seconds=limits.max_seconds,
-                max_bytes=timing.device_bytes(),
-                may_fail=(jax.errors.JaxRuntimeError, NotImplementedError),
-            )
+            # Seconds each.
+            measured = limits.measure_able(cases, most_runs=MODEL_RUNS, most_warmup=1)
             extra = {"pass": "train", **vq_fields(head_type, size)}
             for form, (row, _) in measured.items():
                 about = shape_fields(models[form].config, batch, seq) | extra
