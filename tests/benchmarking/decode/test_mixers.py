@@ -9,11 +9,13 @@ import pytest
 from configs import base
 from longctx_jax.benchmarking import decoding_cases
 from longctx_jax.benchmarking.decode import mixers
+from longctx_jax.benchmarking.decode.panels import panels
 from longctx_jax.benchmarking.model_cases import base_model, variant
-from longctx_jax.benchmarking.rows import flat
+from longctx_jax.benchmarking.rows import flat, within
 from longctx_jax.benchmarking.timing import Limits
 from longctx_jax.decoding import generate
 from longctx_jax.decoding.sampling import Sampling
+from longctx_jax.figures.panels import draw_groups
 
 QUICK = Limits(n_runs=1, n_warmup=0, is_quick=True)
 
@@ -51,3 +53,11 @@ def test_decode_rows_cover_lengths_batches_and_mixers(config, without_clock):
     wanted = itertools.product(("prefill", "loop"), mixers.KINDS, (16, 32), (1, 8))
     assert seen == set(wanted)
     assert all(row["token_ms"] == 0.5 for row in rows if row["pass"] == "loop")
+
+
+def test_the_figure_is_by_context(config, without_clock):
+    rows = list(map(flat, within(mixers.mixer_rows(config, QUICK), part="mixers")))
+    figure = draw_groups(panels(rows), rows)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["context (tokens)"] * 3
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines["softmax, 8 rows"].get_xdata()) == [16, 32] and len(lines) == 6

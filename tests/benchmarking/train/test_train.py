@@ -10,6 +10,8 @@ from longctx_jax.benchmarking.rows import flat
 from longctx_jax.benchmarking.suite import Request
 from longctx_jax.benchmarking.timing import Limits
 from longctx_jax.benchmarking.train import parts, saves
+from longctx_jax.benchmarking.train.panels import panels
+from longctx_jax.figures.panels import draw_groups
 from longctx_jax.models.diagonal import diagonal_cells
 
 QUICK = Limits(n_runs=1, n_warmup=0, is_quick=True)
@@ -76,6 +78,15 @@ def test_schedules_report_the_cells_they_evaluate(config, without_clock):
     widths = [cells[f"diagonal, {n} ramp buckets"] for n in (1, 2, 4)]
     assert sorted(widths, reverse=True) == widths and widths[-1] > 8 * 16
     assert {row["padded_cells"] for row in rows} == {(8 + 16 - 1) * 8}
+
+
+def test_the_figure_has_a_panel_a_part(config, without_clock):
+    rows = measure(config, QUICK, "models", "lengths", "schedules")
+    figure = draw_groups(panels(rows), rows)
+    assert len(figure.axes) == 3
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[:2] == ["yardstick", "transformer"]
+    assert "cells)" in figure.axes[2].get_yticklabels()[0].get_text()
 
 
 def test_train_case_continues_from_its_state(config):
