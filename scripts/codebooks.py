@@ -61,9 +61,10 @@ def main(arguments: list[str]) -> None:
             f"codewords of length {row['codeword_norm']:.2f}"
         )
     if _OUT.value:
-        from longctx_jax.benchmarking.codebook_figure import draw_code_use
+        from longctx_jax.figures.codebooks import draw_code_use
+        from longctx_jax.figures.saving import save
 
-        draw_code_use(use).savefig(_OUT.value)
+        save(draw_code_use(use), _OUT.value)
         print(f"wrote {_OUT.value}")
     print(json.dumps({"codes": n_codes, "layers": rows}))
 

@@ -26,20 +26,20 @@ def main(arguments: list[str]) -> None:
     log = deviceless.prepare_environment()
     import jax
 
-    from longctx_jax.benchmarking.kernel_classes import FAMILIES, SPILL_LIMIT
+    from longctx_jax.benchmarking import rows as rows_of
+    from longctx_jax.benchmarking.kernel_classes import FAMILIES, SPILL_LIMIT, kernel_rows
 
-    family = FAMILIES[_KERNELS.value]
-    out = pathlib.Path(_OUT.value or f"results/{_KERNELS.value}_h200_registers.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, case in enumerate(every := family.cases()):
-        rows += family.compile_case(case, log)
-        print(f"\r{number + 1} of {len(every)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     fields = {"device": "NVIDIA H200 (compiled without one)", "jax_version": jax.__version__}
     fields["command"] = f"python -m scripts.compile_report --kernels={_KERNELS.value}"
-    out.write_text("".join(json.dumps(row | fields) + "\n" for row in rows))
-    worst = max(rows, key=lambda row: row["spill_store_bytes"])
+    out = pathlib.Path(_OUT.value or f"results/{_KERNELS.value}_h200_registers.jsonl")
+    rows = []
+    for number, case in enumerate(every := FAMILIES[_KERNELS.value].cases()):
+        rows += kernel_rows(_KERNELS.value, case, log, fields)
+        print(f"\r{number + 1} of {len(every)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    out.unlink(missing_ok=True)
+    rows_of.append(out, rows)
+    worst = max(map(rows_of.flat, rows), key=lambda row: row["spill_store_bytes"])
     print(f"wrote {len(rows)} kernels to {out}; most spilled: {json.dumps(worst)}")
     if worst["spill_store_bytes"] > SPILL_LIMIT:
         raise common.UsageError(

@@ -57,8 +57,8 @@ def variant_fields(model: Any) -> dict[str, Any]:
     return fields | {"variant": changed}
 
 
-def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]]:
-    """Yields a row a length of the run in `folder`."""
+def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[tuple[dict, dict]]:
+    """Yields the case and what was measured, a length of the run in `folder`."""
     import jax
 
     from longctx_jax import data
@@ -67,6 +67,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
 
     run = common.restore_run(str(folder))
     config, model = run.config, run.model.config
+    cold = config.train.cold_start_every
     stream = data.load_source(config.data)[_SPLIT.value]
     for length in lengths:
         config.eval.batch_size = max(1, _MAX_BYTES.value // length)
@@ -81,7 +82,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
             max_bytes=_MAX_BYTES.value,
             observe=curve,
         )
-        row = {
+        case = {
             "suite": "context",
             "run": folder.resolve().name,
             "data": config.data.name,
@@ -92,17 +93,19 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[dict[str, Any]
             **variant_fields(model),
             "seed": config.train.seed,
             "context_len": length,
-            **result,
-            "position_edges": curve.edges.tolist(),
-            "bits_per_byte_by_position": curve.bits_per_byte(),
             "step": run.step,
             "train_seq_len": config.data.seq_len,
             "train_carries_cache": bool(config.train.carry_cache),
+            **({"train_cold_start_every": cold} if cold else {}),
             "train_tokens": run.step * config.data.seq_len * config.data.global_batch_size,
             "n_parameters": sum(x.size for x in jax.tree.leaves(run.variables["params"])),
         }
-        print(f"{folder.name} context {length}: {row['bits_per_byte']:.4f}", file=sys.stderr)
-        yield row
+        positions = {
+            "position_edges": curve.edges.tolist(),
+            "bits_per_byte_by_position": curve.bits_per_byte(),
+        }
+        print(f"{folder.name} context {length}: {result['bits_per_byte']:.4f}", file=sys.stderr)
+        yield case, {**result, **positions}
 
 
 def main(arguments: list[str]) -> None:
@@ -110,19 +113,20 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise common.UsageError("scripts.context needs a run: got none; name its work directory")
     lengths = context_lengths()
-    from longctx_jax.benchmarking import timing
-    from longctx_jax.benchmarking.context_figure import draw_context_curves
+    from longctx_jax.benchmarking import environment, rows
+    from longctx_jax.figures.contexts import draw_context_curves
+    from longctx_jax.figures.saving import save
 
-    command = "python -m scripts.context " + " ".join(sys.argv[1:])
-    fields = timing.environment(command)
+    command = environment.command_line("scripts.context", sys.argv[1:])
+    where = environment.environment(command)
     out = pathlib.Path(_OUT.value)
     n_rows = 0
     for folder in run_files.find_runs(arguments):
-        for row in measure(folder, lengths):
-            timing.write_rows(out, [row | fields])
+        for case, measured in measure(folder, lengths):
+            rows.append(out, [rows.make(case, measured, where)])
             n_rows += 1
     picture = out.with_suffix(".png")
-    draw_context_curves(timing.read_rows(out)).savefig(picture)  # with what was there before
+    save(draw_context_curves(rows.recorded(out)), picture, out)  # with what was there before
     print(f"wrote {n_rows} rows to {out}, and {picture}")
 
 

@@ -27,7 +27,7 @@ _KEEP = flags.DEFINE_string("keep", "", "Folder to keep the runs in; '' = they g
 def main(arguments: list[str]) -> int:
     """Injects, prints the table, keeps it."""
     del arguments
-    from longctx_jax.benchmarking.faults import FAULTS, Outcome, Victims
+    from longctx_jax.faults import FAULTS, Outcome, Victims
     from longctx_jax.runs import evaluate, sample, train  # noqa: F401  before it is forked
 
     unknown = [name for name in _FAULTS.value if name not in FAULTS]
@@ -53,11 +53,13 @@ def keep(outcome: Any) -> None:
         return
     pid = os.fork()
     if pid == 0:
-        from longctx_jax.benchmarking import timing
+        from longctx_jax.benchmarking import environment, rows
 
-        command = timing.command_line("scripts.faults", sys.argv[1:])
-        row = {"suite": "faults", **dataclasses.asdict(outcome), **timing.environment(command)}
-        timing.write_rows(_OUT.value, [row])
+        command = environment.command_line("scripts.faults", sys.argv[1:])
+        found = dataclasses.asdict(outcome)
+        case = {"suite": "faults", "fault": found.pop("fault"), "detail": found.pop("detail")}
+        row = rows.make(case, found, environment.environment(command))
+        rows.append(_OUT.value, [row])
         os._exit(0)
     os.waitpid(pid, 0)
 

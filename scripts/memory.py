@@ -37,6 +37,13 @@ _TRAIN = flags.DEFINE_bool("train", False, "Also an update, of the config's data
 _OUT = flags.DEFINE_string("out", "", "JSON-lines file to append rows to; empty = none.")
 _PLOT = flags.DEFINE_string("plot", "", "Figure to write, e.g. memory.png; empty = none.")
 
+COUNTED = {  # fields that a row measures; the others say of what
+    *("n_parameters", "parameter_bytes", "cache_bytes", "cache_terms"),
+    *("predicted", "temporary_terms", "compiled", "peak_ratio", "temporaries_ratio"),
+    *("device_bytes_before", "device_peak_bytes"),
+    *("largest_context_state", "largest_context_peak", "deep", "wide"),
+}
+
 
 def lengths(name: str, given: list[str]) -> list[int]:
     """Returns the numbers of tokens that a flag lists, in order, each once.
@@ -86,6 +93,15 @@ def name_of(path: str) -> str:
     return pathlib.Path(name).stem + (f":{argument}" if argument else "")
 
 
+def as_row(row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """Returns a flat row of the report as it is recorded: what was counted apart from what of."""
+    from longctx_jax.benchmarking.rows import make
+
+    counted = COUNTED | ({"budget_bytes"} if row["part"] == "models" else set())
+    case = {name: value for name, value in row.items() if name not in counted}
+    return make(case, {name: row[name] for name in row.keys() - case.keys()}, environment)
+
+
 def main(arguments: list[str]) -> None:
     """Accounts, prints, records, draws."""
     del arguments
@@ -105,7 +121,8 @@ def main(arguments: list[str]) -> None:
     import jax
 
     from longctx_jax.accounting import report as memory_report
-    from longctx_jax.benchmarking import timing
+    from longctx_jax.benchmarking import environment
+    from longctx_jax.benchmarking import rows as rows_of
     from longctx_jax.models import build_model
 
     mixers = common.mixers()
@@ -122,12 +139,13 @@ def main(arguments: list[str]) -> None:
     if len(models) > 1 and equal_contexts:
         baseline = _BASELINE.value or next(iter(models))
         parts.append(memory_report.model_rows(models, baseline, equal_contexts, setting))
-    fields = timing.environment(timing.command_line("scripts.memory", sys.argv[1:]))
+    command = environment.command_line("scripts.memory", sys.argv[1:])
+    fields = environment.environment(command)
     rows = []
     for row in itertools.chain.from_iterable(parts):
         rows.append(row)
         if _OUT.value:  # one by one: a measured row takes seconds
-            timing.write_rows(_OUT.value, [row | fields])
+            rows_of.append(_OUT.value, [as_row(row, fields)])
     print(memory_report.format_report(rows))
     if _MEASURE.value and jax.default_backend() == "cpu":
         print(
@@ -137,8 +155,10 @@ def main(arguments: list[str]) -> None:
     if _OUT.value:
         print(f"\nwrote {len(rows)} rows to {_OUT.value}")
     if _PLOT.value:
-        pathlib.Path(_PLOT.value).parent.mkdir(parents=True, exist_ok=True)
-        memory_report.draw_report(rows).savefig(_PLOT.value)
+        from longctx_jax.figures.accounting import draw_accounting
+        from longctx_jax.figures.saving import save
+
+        save(draw_accounting([row | fields for row in rows]), _PLOT.value)
         print(f"wrote {_PLOT.value}")
 
 

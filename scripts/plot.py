@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from longctx_jax import run_files
-from longctx_jax.benchmarking import plots
+from longctx_jax.figures import curves, saving
 from longctx_jax.training import metrics
 from scripts import common
 
@@ -52,11 +52,9 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise common.UsageError("scripts.plot needs a run: got none; name its work directory")
     runs = load_runs(run_files.find_runs(arguments))
-    figure = plots.draw_training_curves(runs, x=_X.value, y=_Y.value, panel=_PANEL.value)
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-    print(f"wrote {out}: {len(runs)} run(s)")
+    figure = curves.draw_training_curves(runs, x=_X.value, y=_Y.value, panel=_PANEL.value)
+    saving.save(figure, _OUT.value)
+    print(f"wrote {_OUT.value}: {len(runs)} run(s)")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ with the question's fact at any distance. Writes a JSON line a run, length and b
 draws FILE with .png from all lines of FILE.
 """
 
-import json
 import pathlib
 import sys
 from typing import Any
@@ -30,6 +29,7 @@ _STEP = flags.DEFINE_integer("step", -1, "Checkpoint to evaluate; -1 = the newes
 _SPLIT = flags.DEFINE_string("split", "test", "validation or test.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of the text; '' = as in training.")
 WINDOW_LEN = 256
+BIN = ("is_total", "distance_segments_min", "distance_segments_max")  # which rows of a length
 
 
 def numbers_of_segments() -> list[int]:
@@ -58,8 +58,8 @@ def model_name(model: Any) -> str:
     return model.recurrence if model.recurrence != "none" else "-".join(kinds)
 
 
-def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
-    """Returns the rows of the run in `folder`: for each length all questions, then bins."""
+def measure(folder: pathlib.Path, lengths: list[int]) -> list[tuple[dict, dict]]:
+    """Returns (case, measured) of the run in `folder`: for each length all questions, then bins."""
     import jax
 
     from longctx_jax import data
@@ -93,7 +93,7 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
         assert isinstance(stream, data.RowStream)
         batches = data.RowBatches(stream, _N_ROWS.value, _BATCH_SIZE.value, window_len(model))
         losses, scored = recall.evaluate_rows(run.model, run.variables, batches)
-        common_fields = {
+        about = {
             "suite": "recall",
             "data": config.data.name,
             "split": _SPLIT.value,
@@ -107,9 +107,11 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> list[dict[str, Any]]:
             **trained,
         }
         found = recall.accuracy_rows(scored, stream.task.chance)
+        total = dict(found[0])
         found[0]["nats_per_token"] = losses["nats_per_token"]
-        rows += [common_fields | row for row in found]
-        total = found[0]
+        for row in found:
+            case = about | {name: row.pop(name) for name in BIN}
+            rows.append((case, row))
         print(
             f"{folder.name} {n_segments} segments: accuracy {total['accuracy']:.3f} "
             f"({total['accuracy_low']:.3f} .. {total['accuracy_high']:.3f}) of {total['n']}, "
@@ -125,20 +127,20 @@ def main(arguments: list[str]) -> None:
     lengths = numbers_of_segments()
     if _SPLIT.value not in ("validation", "test"):
         raise common.UsageError(f"--split must be validation or test: got {_SPLIT.value}")
-    from longctx_jax.benchmarking import timing
-    from longctx_jax.evaluation import recall_figure
+    from longctx_jax.benchmarking import environment, rows
+    from longctx_jax.figures.recall import draw_recall
+    from longctx_jax.figures.saving import save
 
-    command = "python -m scripts.recall " + " ".join(sys.argv[1:])
-    fields = timing.environment(command)
+    command = environment.command_line("scripts.recall", sys.argv[1:])
+    where = environment.environment(command)
     out = pathlib.Path(_OUT.value)
     n_rows = 0
     for folder in run_files.find_runs(_WORKDIR.value):
-        measured = [row | fields for row in measure(folder, lengths)]
-        timing.write_rows(out, measured)
-        n_rows += len(measured)
+        found = [rows.make(*row, where) for row in measure(folder, lengths)]
+        rows.append(out, found)
+        n_rows += len(found)
     picture = out.with_suffix(".png")
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    recall_figure.draw_recall(rows).savefig(picture)
+    save(draw_recall(rows.recorded(out)), picture, out)
     print(f"wrote {n_rows} rows to {out}, and {picture}")
 
 

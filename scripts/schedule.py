@@ -20,7 +20,8 @@ _OUT = flags.DEFINE_string("out", "schedule.png", "Figure to write; its ending s
 def main(arguments: list[str]) -> None:
     """Draws, prints."""
     del arguments
-    from longctx_jax.benchmarking.schedule_figure import draw_schedule
+    from longctx_jax.figures.saving import save
+    from longctx_jax.figures.schedule import draw_schedule
     from longctx_jax.models.schedules.diagonal import diagonal_cells
 
     n_segments, n_layers, pattern_len = _SEGMENTS.value, _LAYERS.value, _PATTERN_LEN.value
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
             f"--layers must be a multiple of --pattern_len: got {n_layers} and {pattern_len}"
         )
     sizes = (n_segments, n_layers // pattern_len, pattern_len, _BUCKETS.value)
-    draw_schedule(*sizes).savefig(_OUT.value)
+    save(draw_schedule(*sizes), _OUT.value)
     useful, cells = n_segments * n_layers, diagonal_cells(*sizes)
     padded = (n_segments + n_layers - 1) * n_layers
     print(f"{useful} useful cells, {cells} evaluated ({cells / useful:.2f}), {padded} padded")

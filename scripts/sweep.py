@@ -119,9 +119,9 @@ def summarise(runs: Sequence[sweeps.Run], outcomes: dict[str, str], workdir: pat
     sweeps.write_csv(rows, fields, workdir / "summary.csv")
     made = [str(workdir / "summary.csv")]
     if any(isinstance(row.get("bits_per_byte"), int | float) for row in rows):
-        from longctx_jax.benchmarking import plots  # here: matplotlib takes most of a second
+        from longctx_jax.figures import curves  # here: matplotlib takes most of a second
 
-        figure = plots.draw_sweep(rows, fields, y="bits_per_byte")
+        figure = curves.draw_sweep(rows, fields, y="bits_per_byte")
         figure.savefig(workdir / "summary.png")
         made.append(str(workdir / "summary.png"))
     columns = [*fields, "status", "step", "bits_per_byte", "nats_per_token"]

@@ -17,11 +17,17 @@ SOURCES = [
 
 # layer -> what it may import of this project, besides COMMON: layers or single modules
 ANYTHING = {"longctx_jax"}
-COMMON = {"longctx_jax.typing", "longctx_jax.json_files", "longctx_jax.run_files"}
+COMMON = {
+    "longctx_jax.typing",
+    "longctx_jax.json_files",
+    "longctx_jax.run_files",
+    "longctx_jax.units",
+}
 ALLOWED = {
     "typing": set(),
     "run_files": set(),
     "json_files": set(),
+    "units": set(),
     "ops": {"longctx_jax.ops"},
     "nn": {"longctx_jax.ops", "longctx_jax.nn"},
     "models": {"longctx_jax.ops", "longctx_jax.nn", "longctx_jax.models"},
@@ -68,9 +74,13 @@ ALLOWED = {
         "longctx_jax.data",
     },
     "benchmarking": ANYTHING,
+    "figures": {"longctx_jax.figures", "longctx_jax.models.schedules.diagonal"},
+    "faults": ANYTHING,
     "reporting": {
         "longctx_jax.reporting",
-        "longctx_jax.benchmarking.plots",
+        "longctx_jax.figures.curves",
+        "longctx_jax.benchmarking.ratios",
+        "longctx_jax.benchmarking.rows",
         "longctx_jax.training.metrics",
         "longctx_jax.training.sweep",
     },
@@ -102,6 +112,8 @@ FORBIDDEN = {
     "nn": {"optax", "grain", "ml_collections"},
     "models": {"optax", "grain", "ml_collections"},
     "data": {"flax", "optax"},
+    "units": {"jax", "flax", "optax", "numpy", "grain", "ml_collections"},
+    "figures": {"jax", "flax", "optax", "orbax", "grain", "ml_collections"},
     "reporting": {"jax", "flax", "optax", "orbax", "grain", "ml_collections"},
     "configs": {"jax", "flax", "optax", "numpy", "grain", "scripts"},
 }

@@ -1,11 +1,8 @@
-"""Rows, tables and the figure of memory accounting, for any number of models side by side."""
+"""Rows and tables of memory accounting, for any number of models side by side."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
 from longctx_jax.accounting.caches import cache_terms
 from longctx_jax.accounting.programs import (
@@ -26,13 +23,12 @@ from longctx_jax.accounting.search import (
     largest_models,
 )
 from longctx_jax.models.decoder import Decoder
+from longctx_jax.units import bytes_text
 
 Models = Mapping[str, Decoder]
-Row = dict[str, Any]
+Row = dict[str, Any]  # flat: scripts.memory says what is measured of it
 SUITE = "memory_accounting"
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 PEAK_PROGRAMS = ("prefill", "loop")  # what generation runs
-MARKERS = "osv^D<>pP*X"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,16 +165,6 @@ def _ratios(plan: Mapping[str, int], compiled: Mapping[str, int]) -> Row:
     }
 
 
-def in_units(n_bytes: float) -> str:
-    """Returns bytes as text with three digits: 16 MiB, 2.02 GiB."""
-    unit = 0
-    while n_bytes >= 1024 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1024, unit + 1
-    digits = 0 if unit == 0 or n_bytes >= 99.95 else 1 if n_bytes >= 9.995 else 2
-    text = f"{n_bytes:.{digits}f}"
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {UNITS[unit]}"
-
-
 def in_tokens(n: int) -> str:
     """Returns a number of tokens as text; any is more than positions can count."""
     return "any" if n == MAX_CONTEXT else "none" if n == 0 else f"{n:,}"
@@ -197,8 +183,8 @@ def _programs_text(rows: Sequence[Row]) -> str:
     lines = []
     for name in dict.fromkeys(row["name"] for row in cached):
         own = [row for row in cached if row["name"] == name]
-        sizes = f"{own[0]['n_parameters']:,}", in_units(own[0]["parameter_bytes"])
-        lines.append([name, *sizes, *(in_units(row["cache_bytes"]) for row in own)])
+        sizes = f"{own[0]['n_parameters']:,}", bytes_text(own[0]["parameter_bytes"])
+        lines.append([name, *sizes, *(bytes_text(row["cache_bytes"]) for row in own)])
     texts = []
     if lines:
         texts.append("cache by context (tokens)\n" + _columns([heads, *lines]))
@@ -208,14 +194,14 @@ def _programs_text(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         plan = row["predicted"]
-        terms = ", ".join(f"{n} {in_units(b)}" for n, b in row["temporary_terms"].items() if b)
+        terms = ", ".join(f"{n} {bytes_text(b)}" for n, b in row["temporary_terms"].items() if b)
         place = row.get("context_len", row.get("seq_len"))
-        line = [row["name"], f"{place:,}", row["program"], in_units(plan["peak"])]
-        line += [in_units(plan["temporaries"])]
+        line = [row["name"], f"{place:,}", row["program"], bytes_text(plan["peak"])]
+        line += [bytes_text(plan["temporaries"])]
         if "compiled" in row:
-            line += [in_units(row["compiled"]["peak"]), f"{row['peak_ratio']:.3f}"]
+            line += [bytes_text(row["compiled"]["peak"]), f"{row['peak_ratio']:.3f}"]
             line += [f"{row['temporaries_ratio']:.3f}"]
-            line += [in_units(row["device_peak_bytes"]) if "device_peak_bytes" in row else "-"]
+            line += [bytes_text(row["device_peak_bytes"]) if "device_peak_bytes" in row else "-"]
         lines.append([*line, terms])
     if any("compiled" in row for row in rows):
         heads[5:5] = ["compiled peak", "ratio", "ratio of temporaries", "device peak"]
@@ -224,7 +210,7 @@ def _programs_text(rows: Sequence[Row]) -> str:
 
 
 def _terms_text(row: Row) -> str:
-    terms = ", ".join(f"{name} {in_units(n)}" for name, n in row["cache_terms"].items())
+    terms = ", ".join(f"{name} {bytes_text(n)}" for name, n in row["cache_terms"].items())
     return f"cache of {row['context_len']:,} tokens: {row['cache_bytes']:,} bytes: {terms}"
 
 
@@ -233,7 +219,7 @@ def _contexts_text(rows: Sequence[Row]) -> str:
     for row in rows:
         found = row["largest_context_state"], row["largest_context_peak"]
         lines.append([row["name"], *map(in_tokens, found)])
-    budget = in_units(rows[0]["budget_bytes"])
+    budget = bytes_text(rows[0]["budget_bytes"])
     return f"largest context (tokens) in {budget}\n" + _columns(lines)
 
 
@@ -243,7 +229,7 @@ def _models_text(rows: Sequence[Row]) -> str:
         deep, wide = row["deep"], row["wide"]
         sizes = f"{deep['n_layers']:,}", _billions(deep), f"{wide['d_model']:,}", _billions(wide)
         lines.append(
-            [row["name"], f"{row['context_len']:,}", in_units(row["budget_bytes"]), *sizes]
+            [row["name"], f"{row['context_len']:,}", bytes_text(row["budget_bytes"]), *sizes]
         )
     title = f"largest model in the memory of {rows[0]['baseline']} (parameters and cache)"
     return f"{title}: deeper, or wider\n" + _columns(lines)
@@ -269,51 +255,3 @@ def _columns(lines: Sequence[Sequence[str]]) -> str:
 
 
 _TABLES = {"programs": _programs_text, "contexts": _contexts_text, "models": _models_text}
-
-
-def draw_report(rows: Sequence[Row]) -> Figure:
-    """Returns the caches by context, and the peak of the loop over tokens beside it.
-
-    Crosses are compiled programs; a dotted line is the budget, if there is one.
-
-    Raises:
-        ValueError: if no row is about a cache.
-    """
-    rows_of = {
-        program: [r for r in rows if r["part"] == "programs" and r["program"] == program]
-        for program in PROGRAMS
-    }
-    if not rows_of["loop"]:
-        raise ValueError("a figure of memory needs rows of programs: got none; give --contexts")
-    figure = Figure(figsize=(12, 6), layout="constrained", dpi=120)
-    left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row["name"] for row in rows_of["loop"]))
-    colors = colormaps["turbo"]
-    for index, name in enumerate(names):
-        own = sorted(
-            (row for row in rows_of["loop"] if row["name"] == name), key=lambda r: r["context_len"]
-        )
-        contexts = [row["context_len"] for row in own]
-        style = {"color": colors(index / max(1, len(names) - 1)), "markersize": 4}
-        style["marker"] = MARKERS[index % len(MARKERS)]
-        left.plot(contexts, [row["cache_bytes"] for row in own], label=name, **style)
-        right.plot(contexts, [row["predicted"]["peak"] for row in own], **style)
-        measured = [(r["context_len"], r["compiled"]["peak"]) for r in own if "compiled" in r]
-        if measured:
-            right.plot(*zip(*measured, strict=True), "x", color="k", markersize=4)
-    for budget in {row["budget_bytes"] for row in rows if row["part"] == "contexts"}:
-        right.axhline(budget, color="0.5", linestyle=":", linewidth=1)
-    titles = "cache", "peak of the loop over tokens"
-    if any("compiled" in row for row in rows_of["loop"]):
-        titles = titles[0], f"{titles[1]} (x: as compiled)"
-    contexts = sorted({row["context_len"] for row in rows_of["loop"]})
-    for axes, title in zip((left, right), titles, strict=True):
-        axes.set_title(title)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: in_units(value))
-        axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
-        axes.set_xlabel("context (tokens)")
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=7, fontsize=7)
-    return figure

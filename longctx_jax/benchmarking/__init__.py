@@ -1,1 +1,1 @@
-"""Benchmarks and the figures made from recorded files."""
+"""What is measured: a folder a suite, and the rows that it is recorded in."""

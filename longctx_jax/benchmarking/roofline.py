@@ -2,7 +2,7 @@
 
     floor = max(ideal_bytes / bandwidth, ideal_flops / rate),   roofline_fraction = floor / measured
 
-What is ideal depends on the op: `decay_roofline.py`, `vq_cases.py`.
+What is ideal depends on the op: `decay/floors.py`, `vq/cases.py`.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.benchmarking import timing
+from longctx_jax.benchmarking.rows import Fields
 
 COPY_BYTES = 2**28  # of the measured copy, larger than a cache
 MATRIX_LEN = 2048  # of the measured product
@@ -58,7 +59,7 @@ def _measured_ceiling(dtype: str, is_quick: bool) -> Ceiling:
 
 def floor_fields(
     n_bytes: int, n_flops: int, n_tokens: int, median_ms: float, top: Ceiling
-) -> timing.Row:
+) -> Fields:
     """Returns the ideal counts, the floor, the measured time against them, and tokens/s."""
     floor_s = max(n_bytes / top.bytes_per_s, n_flops / top.flops_per_s)
     seconds = median_ms / 1e3

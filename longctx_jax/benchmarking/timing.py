@@ -1,21 +1,11 @@
-"""Timing of compiled functions, and the rows that benchmarks are recorded in.
+"""Timing of compiled functions: what a row's `measured` holds, with units in the names.
 
 Compilation is timed apart from runs; a run ends when its whole output is ready; cases that are
-compared run in turns (A B A B ...), so noise of the machine hits all of them. A row is a plain dict
-with units in its names, one JSON line in a file. Not here: what to measure (`suites.py`,
-`decode_suite.py`), figures (`figures.py`).
+compared run in turns (A B A B ...), so noise of the machine hits all of them. Not here: rows and
+their files (`rows.py`), what to measure (the folder of each suite).
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
-import json
-import os
-import pathlib
-import platform
-import re
-import shlex
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,16 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx_jax import json_files
+from longctx_jax.accounting.programs import device_bytes
+from longctx_jax.benchmarking.ratios import quartiles
+from longctx_jax.benchmarking.rows import Fields
 
-Row = dict[str, Any]
 # (output of the last run, None before the first) -> arguments of the next; outside the clock.
 MakeInputs = Callable[[Any], tuple]
+Measured = dict[str, tuple[Fields, np.ndarray]]  # fields, seconds of every run; by case
 
 COMPILED_PLAN = "compiled plan: arguments + outputs - aliased + temporaries"
 MIN_RUNS = 3  # that a time limit must leave
-CPU_BYTES = 4 * 2**30  # that a compiled plan may hold on a CPU
-PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +40,7 @@ class Case:
     make_inputs: MakeInputs
     n_inner: int = 1
     keeps_output: bool = True
-    inspect: Callable[[tuple, Any], Row] | None = None
+    inspect: Callable[[tuple, Any], Fields] | None = None
 
 
 def measure(
@@ -61,7 +51,7 @@ def measure(
     n_warmup: int = 2,
     min_seconds: float = 0.0,
     max_seconds: float = 0.0,
-) -> Row:
+) -> Fields:
     """Returns the measurement fields of one jitted function; see `measure_in_turns`."""
     cases = {"": Case(function, make_inputs)}
     measured = measure_in_turns(
@@ -83,7 +73,7 @@ def measure_in_turns(
     max_seconds: float = 0.0,
     max_bytes: int = 0,
     may_fail: tuple[type[Exception], ...] = (),
-) -> dict[str, tuple[Row, np.ndarray]]:
+) -> Measured:
     """Returns (measurement fields, seconds of every run) a case; run r of all cases lie together.
 
     Args:
@@ -109,7 +99,7 @@ def measure_in_turns(
             "set --n_runs to 1 or more"
         )
     compiled, fields, outputs = {}, {}, {}
-    skipped: dict[str, Row] = {}
+    skipped: dict[str, Fields] = {}
     for name, case in cases.items():
         try:
             program, fields[name], output = _first_run(case, max_bytes)
@@ -149,11 +139,72 @@ def measure_in_turns(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long a suite measures: see `measure_in_turns`.
+
+    Attributes:
+        is_quick: shapes so small that they only show that everything runs.
+        lengths: sequence or context lengths instead of the suite's own; () = those.
+    """
+
+    n_runs: int = 20
+    n_warmup: int = 2
+    max_seconds: float = 0.0
+    is_quick: bool = False
+    lengths: tuple[int, ...] = ()
+
+    def measure(self, cases: Mapping[str, Case]) -> Measured:
+        """Returns `measure_in_turns` of the cases within these limits."""
+        return measure_in_turns(
+            cases, n_runs=self.n_runs, n_warmup=self.n_warmup, max_seconds=self.max_seconds
+        )
+
+    def measure_able(
+        self,
+        cases: Mapping[str, Case],
+        *,
+        most_runs: int = 0,
+        most_warmup: int = 2,
+        cpu_seconds: float = 0.0,
+        may_fail: tuple[type[Exception], ...] = (),
+    ) -> Measured:
+        """Returns the same of cases some of which may not run here, or not fit: those say so.
+
+        Args:
+            cases: by name.
+            most_runs: and no more; 0 = no other limit.
+            most_warmup: rounds that do not count.
+            cpu_seconds: that the rounds may take on a CPU; 0 = no other limit.
+            may_fail: what a case may raise, too.
+        """
+        seconds = self.max_seconds
+        if cpu_seconds and jax.default_backend() == "cpu":
+            seconds = min(seconds or cpu_seconds, cpu_seconds)
+        return measure_in_turns(
+            cases,
+            n_runs=min(self.n_runs, most_runs or self.n_runs),
+            n_warmup=min(self.n_warmup, most_warmup),
+            max_seconds=seconds,
+            max_bytes=device_bytes(),
+            may_fail=(jax.errors.JaxRuntimeError, NotImplementedError, *may_fail),
+        )
+
+
+def why_not(function: Callable[..., Any], *arguments: Any) -> str:
+    """Returns why a function cannot run on such arguments here, "" if it can; compiles nothing."""
+    try:
+        jax.eval_shape(function, *arguments)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
 class _TooLarge(Exception):
     """The compiled plan of a case holds more bytes than it may."""
 
 
-def _first_run(case: Case, max_bytes: int) -> tuple[Any, Row, Any]:
+def _first_run(case: Case, max_bytes: int) -> tuple[Any, Fields, Any]:
     """Returns the compiled program, its first fields, and the output of one run."""
     inputs = jax.block_until_ready(case.make_inputs(None))
     program, fields = compiled(case.function, inputs)
@@ -171,26 +222,26 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0][:300]
 
 
-def summary(seconds: Sequence[float]) -> Row:
+def summary(seconds: Sequence[float]) -> Fields:
     """Returns n_runs, the median, the quartiles and the minimum of run times, in ms."""
-    low, median, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
+    times = quartiles("time", 1e3 * np.asarray(seconds))
     return {
         "n_runs": len(seconds),
-        "median_ms": round(float(median), 4),
-        "quartile_1_ms": round(float(low), 4),
-        "quartile_3_ms": round(float(high), 4),
+        "median_ms": times["time"],
+        "quartile_1_ms": times["time_quartile_1"],
+        "quartile_3_ms": times["time_quartile_3"],
         "min_ms": round(1e3 * min(seconds), 4),
     }
 
 
-def memory_fields(compiled: Any) -> Row:
+def memory_fields(compiled: Any) -> Fields:
     """Returns peak_bytes and peak_bytes_kind, and device_peak_bytes where the device counts.
 
     peak_bytes belongs to the program alone: what its compiled plan allocates. device_peak_bytes is
     the device's high-water mark since the process started, which earlier cases may have set.
     """
     plan = compiled.memory_analysis()
-    row: Row = {"peak_bytes": None, "peak_bytes_kind": "unknown"}
+    row: Fields = {"peak_bytes": None, "peak_bytes_kind": "unknown"}
     if plan is not None:
         held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         row = {"peak_bytes": held + plan.temp_size_in_bytes, "peak_bytes_kind": COMPILED_PLAN}
@@ -200,102 +251,7 @@ def memory_fields(compiled: Any) -> Row:
     return row
 
 
-def device_bytes() -> int:
-    """Returns how many bytes a compiled plan may hold: of the device, or a bound on a CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", CPU_BYTES)
-
-
-def without_paths(text: str) -> str:
-    """Returns the first line of a text, folders of paths left out: rows say nothing about homes."""
-    first = next(iter(text.strip().splitlines()), "")
-    return re.sub(r"(?<![\w.])(/[\w.+~-]+)+/", "", first)[:300]
-
-
-def command_line(script: str, arguments: Sequence[str]) -> str:
-    """Returns the command for rows, which say nothing about this machine's folders.
-
-    A path inside the working folder is relative to it; of any other its last name is left.
-    """
-    here = pathlib.Path.cwd().resolve()
-
-    def shorten(text: str) -> str:
-        if not text.startswith(("/", "..", "~")):
-            return text
-        path = pathlib.Path(text).expanduser().resolve()
-        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
-
-    def shorten_argument(argument: str) -> str:
-        name, equals, value = argument.rpartition("=")
-        return name + equals + ",".join(map(shorten, value.split(",")))
-
-    return shlex.join(["python", "-m", script, *map(shorten_argument, arguments)])
-
-
-def environment(command: str) -> Row:
-    """Returns the fields every row has: device, versions, date, revision, host, command."""
-    device = jax.local_devices()[0]
-    versions = {f"{name}_version": importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "n_devices": jax.device_count(),
-        "host_cpus": os.cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "python_version": platform.python_version(),
-        **versions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "revision": git_revision(),
-        "command": command,
-    }
-
-
-def git_revision(folder: str | os.PathLike[str] = pathlib.Path(__file__).parent) -> str:
-    """Returns the commit of the checkout that holds `folder`, "-dirty" if changed, or "unknown"."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", os.fspath(folder), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return done.stdout.strip()
-
-    try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return revision + ("-dirty" if changed else "")
-
-
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Appends rows as JSON lines in one write, making the folder if need be.
-
-    Readers and other writers see whole rows only; an interrupted benchmark keeps the rows before.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, text.encode())
-    finally:
-        os.close(descriptor)
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """Returns the rows of a file in the order they were written.
-
-    Raises:
-        ValueError: if a line is no JSON object; names it.
-    """
-    with open(path, "rb") as file:
-        return [
-            json_files.parse_object(line, f"{path}, line {number}", remedy="remove the line")
-            for number, line in enumerate(file, 1)
-            if line.strip()
-        ]
-
-
-def compiled(function: Any, inputs: tuple) -> tuple[Any, Row]:
+def compiled(function: Any, inputs: tuple) -> tuple[Any, Fields]:
     """Returns the compiled program of a jitted function, and its trace_s and compile_s."""
     start = time.perf_counter()
     lowered = function.lower(*inputs)
@@ -303,14 +259,3 @@ def compiled(function: Any, inputs: tuple) -> tuple[Any, Row]:
     program = lowered.compile()
     done = time.perf_counter()
     return program, {"trace_s": round(traced - start, 4), "compile_s": round(done - traced, 4)}
-
-
-def ratio_fields(ours: np.ndarray, theirs: np.ndarray) -> Row:
-    """Returns median and quartiles of how many times as fast our runs are, turn by turn."""
-    n = min(len(ours), len(theirs))
-    low, median, high = np.quantile(theirs[:n] / ours[:n], [0.25, 0.5, 0.75])
-    return {
-        "speed_ratio": round(float(median), 4),
-        "speed_ratio_quartile_1": round(float(low), 4),
-        "speed_ratio_quartile_3": round(float(high), 4),
-    }

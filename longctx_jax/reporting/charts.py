@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-from longctx_jax.benchmarking.plots import LABELS, smooth, values
+from longctx_jax.figures.curves import LABELS, smooth, values
 from longctx_jax.reporting.contexts import ContextCurve
 from longctx_jax.reporting.runs import Run
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from longctx_jax import run_files
+from longctx_jax.benchmarking.rows import KINDS, is_dirty
 from longctx_jax.reporting import files
 from longctx_jax.reporting.runs import Run
 from longctx_jax.reporting.tables import RunCell, Table, value_text
@@ -32,13 +33,16 @@ class ContextCurve:
     run: int | None  # index of the run, if the rows name it
     model: str  # of a curve without a run
     points: tuple[tuple[float, float], ...]  # context tokens, bits per byte; ascending
+    is_dirty: bool = False  # whether a row was recorded on an uncommitted tree
 
 
 def context_curves(runs: Sequence[Run]) -> list[ContextCurve]:
     """The curves of all rows found; of rows about the same thing the last counts."""
     points: dict[tuple[str, int | None, str], dict[float, float]] = {}
+    dirty = set()
     for path in _row_files(runs):
-        for row in files.read_lines(path, MAX_FILE_BYTES)[0]:
+        for line in files.read_lines(path, MAX_FILE_BYTES)[0]:
+            row = _flat(line)
             length, bits = (
                 files.number(row.get("context_len")),
                 files.number(row.get("bits_per_byte")),
@@ -49,7 +53,11 @@ def context_curves(runs: Sequence[Run]) -> list[ContextCurve]:
             text = " ".join(filter(None, (value_text(row.get(k)) for k in ("data", "split"))))
             key = (text, index, "" if index is not None else _model(row))
             points.setdefault(key, {})[length] = bits
-    curves = [ContextCurve(*key, tuple(sorted(found.items()))) for key, found in points.items()]
+            dirty |= {key} if is_dirty(row) else set()
+    curves = [
+        ContextCurve(*key, tuple(sorted(found.items())), key in dirty)
+        for key, found in points.items()
+    ]
     return curves[:MAX_CURVES]
 
 
@@ -57,7 +65,8 @@ def context_table(curves: Sequence[ContextCurve]) -> Table:
     """A row a curve, a column a context length."""
     lengths = sorted({length for curve in curves for length, _ in curve.points})[:MAX_LENGTHS]
     rows = [
-        {"run": curve.model if curve.run is None else RunCell(curve.run), "text": curve.text}
+        {"run": curve.model if curve.run is None else RunCell(curve.run)}
+        | {"text": curve.text + (", uncommitted tree" if curve.is_dirty else "")}
         | dict.fromkeys(f"{length:,.0f}" for length in lengths)
         | {f"{length:,.0f}": bits for length, bits in curve.points if length in lengths}
         for curve in curves
@@ -74,6 +83,17 @@ def _row_files(runs: Sequence[Run]) -> list[pathlib.Path]:
             folders[folder.parent.parent] = None
     found = (path for folder in folders for path in sorted(folder.glob("*.jsonl")))
     return [path for path in found if path.name not in _OTHER_FILES][:MAX_FILES]
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a row side by side; {} of a line that is no row."""
+    fields: dict[str, Any] = {}
+    for kind in reversed(KINDS):  # of equal names the case's counts
+        part = line.get(kind)
+        if not isinstance(part, dict):
+            return {}
+        fields |= part
+    return fields
 
 
 def _run_of(row: Mapping[str, Any], folder: pathlib.Path, runs: Sequence[Run]) -> int | None:

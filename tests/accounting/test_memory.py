@@ -8,7 +8,9 @@ import pytest
 
 from configs import base, memory_1b
 from longctx_jax.accounting import caches, programs, report, search
+from longctx_jax.figures.accounting import draw_accounting
 from longctx_jax.models import build_model
+from longctx_jax.units import bytes_text
 from tests.accounting.closed_forms import closed_form
 from tests.models.tiny_models import MODELS, TINY
 
@@ -297,7 +299,7 @@ def test_widths_grow_in_steps_that_the_config_allows():
     + [(2.02 * 2**30, "2.02 GiB"), (24.5 * 2**10, "24.5 KiB"), (2**70, "1048576 PiB")],
 )
 def test_bytes_as_text(n, text):
-    assert report.in_units(n) == text
+    assert bytes_text(n) == text
 
 
 def test_a_report_of_two_models():
@@ -316,9 +318,9 @@ def test_a_report_of_two_models():
     text = report.format_report(rows)
     for part in ("cache by context", "peak by formula", "any", "largest model in the memory of"):
         assert part in text
-    axes = report.draw_report(rows).axes
+    axes = draw_accounting(rows).axes
     assert [len(axis.lines) for axis in axes] == [2, 3]  # and the budget
     with pytest.raises(ValueError, match="--baseline must be one of .*got 'gqa'"):
         list(report.model_rows(models, "gqa", (64,), setting))
     with pytest.raises(ValueError, match="needs rows of programs"):
-        report.draw_report([])
+        draw_accounting([])

@@ -3,6 +3,8 @@
 import pytest
 
 from longctx_jax.benchmarking import deviceless
+from longctx_jax.benchmarking.rows import recorded
+from tests.tiny import PROJECT
 
 LOG = """
 ptxas info    : Compiling entry function 'loop_fusion' for 'sm_90a'
@@ -55,11 +57,6 @@ def test_no_assembler_is_said(monkeypatch):
     ],
 )
 def test_committed_report_has_no_spill_above_the_limit(kernels, backends):
-    import json
-    import pathlib
-
-    results = pathlib.Path(__file__).resolve().parent.parent.parent / "results"
-    lines = (results / f"{kernels}_h200_registers.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = recorded(PROJECT / "results" / f"{kernels}_h200_registers.jsonl")
     assert {row["backend"] for row in rows} == backends
     assert max(row["spill_store_bytes"] for row in rows) <= 64

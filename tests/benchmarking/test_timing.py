@@ -1,11 +1,7 @@
-"""What is timed, how often, with which inputs; and the rows' fields and file."""
-
-import json
-import subprocess
+"""What is timed, how often, with which inputs."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from longctx_jax.benchmarking import timing
@@ -101,54 +97,3 @@ def test_planned_memory_counts_a_donated_argument_once():
 def test_impossible_counts_are_refused(counts):
     with pytest.raises(ValueError, match="a measurement needs a run"):
         timing.measure(jax.jit(add_one), lambda _: (jnp.zeros(1),), **counts)
-
-
-def test_environment_says_where_and_with_what():
-    row = timing.environment("python -m x")
-    assert (row["platform"], row["command"]) == (jax.default_backend(), "python -m x")
-    assert row["jax_version"] == jax.__version__ and row["date"].endswith("+00:00")
-    assert row["device"] and row["host_cpus"] >= 1
-    json.dumps(row)
-
-
-def test_revision_is_unknown_outside_a_checkout(tmp_path):
-    assert timing.git_revision(tmp_path) == "unknown"
-
-
-def test_revision_says_when_files_changed(tmp_path):
-    def git(*arguments):
-        identity = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
-
-    git("init", "-q")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-q", "-m", "one")
-    clean = timing.git_revision(tmp_path)
-    assert len(clean) == 12
-    (tmp_path / "file").write_text("2")
-    assert timing.git_revision(tmp_path) == clean + "-dirty"
-
-
-def test_rows_are_appended_and_read_back(tmp_path):
-    path = tmp_path / "new" / "rows.jsonl"
-    timing.write_rows(path, [{"name": "a", "median_ms": 1.5}])
-    timing.write_rows(path, [{"name": "b"}, {"name": "c"}])
-    assert [row["name"] for row in timing.read_rows(path)] == ["a", "b", "c"]
-    assert np.isclose(timing.read_rows(path)[0]["median_ms"], 1.5)
-
-
-def test_commands_in_rows_name_no_folders_of_this_machine(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    arguments = ["--suite=vq", f"--peers={tmp_path}/a/b,../c", "--out=runs/x.jsonl", str(tmp_path)]
-    arguments += [f"--out={tmp_path}/here/y", "--config.model.pattern=('vq',)"]
-    text = timing.command_line("scripts.benchmark", arguments)
-    assert text.startswith(
-        f"python -m scripts.benchmark --suite=vq --peers=b,c --out=runs/x.jsonl {tmp_path.name} "
-    )
-    assert "--out=y " in text and text.count("/") == 1
-
-
-def test_paths_are_left_out_of_errors():
-    assert timing.without_paths("OSError: /home/me/x.so: no\nmore") == "OSError: x.so: no"

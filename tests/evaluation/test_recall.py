@@ -8,11 +8,13 @@ from configs import base
 from configs.recall import passkey_armt
 from configs.sweeps import recall_models
 from longctx_jax import data
+from longctx_jax.benchmarking import rows as rows_of
 from longctx_jax.data.recall_tasks import Answer, Associative, Row
 from longctx_jax.evaluation import recall
 from longctx_jax.evaluation.language_modeling import evaluate
-from longctx_jax.evaluation.recall_figure import draw_recall
+from longctx_jax.figures.recall import draw_recall
 from longctx_jax.models import build_model
+from scripts.recall import BIN
 
 SEGMENT = 8
 MEMORY = {"kind": "armt", "segment_len": SEGMENT, "n_memory_tokens": 1, "d_memory": 4}
@@ -155,12 +157,15 @@ def test_wilson_interval(right, n, low, high):
 
 def test_the_figure_draws_the_newest_rows():
     fields = {"data": "recall_associative", "run": "a", "model": "armt", "split": "test"}
-    fields |= {"step": 3, "train_n_segments": 4, "train_max_distance": 4}
+    fields |= {"step": 3, "train_n_segments": 4, "train_max_distance": 4, "n_segments": 4}
     rows = [
-        row | fields | {"n_segments": 4}
+        rows_of.make(fields | {name: row.pop(name) for name in BIN}, row)
         for counts in ({1: (3, 1), 4: (2, 2)}, {1: (4, 0), 4: (2, 2)})
         for row in recall.accuracy_rows(scored(counts), chance=0.1)
     ]
+    with pytest.raises(ValueError, match="'armt' has several at distance_segments=1"):
+        draw_recall(list(map(rows_of.flat, rows)))
+    rows = list(map(rows_of.flat, rows_of.newest(rows)))
     above, below = draw_recall(rows).axes
     (line,) = above.containers
     assert line[0].get_xydata().tolist() == [[1, 1.0], [4, 0.5]]

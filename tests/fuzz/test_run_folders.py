@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from configs import base, from_run
 from longctx_jax import json_files
-from longctx_jax.benchmarking import timing
+from longctx_jax.benchmarking import rows
 from longctx_jax.models import build_model
 from longctx_jax.training import launch, metrics, start
 from longctx_jax.training import sweep as sweeps
@@ -85,7 +85,7 @@ def test_rows_of_results(tmp_path, n_examples):
 
     def check(raw):
         path.write_bytes(b'{"a": 1}\n' + raw)
-        hostile.refused(lambda: timing.read_rows(path), path, "line")
+        hostile.refused(lambda: rows.read(path), path, "line")
 
     hostile.fuzz(n_examples, hostile.json_files(RECORD), check)
 

@@ -127,8 +127,9 @@ def test_text_of_run_folders_never_becomes_markup(tmp_path, run_maker):
         file.write(json.dumps(record) + "\n")
     flags = [f"--config.{ATTACK.replace('=', '')}={ATTACK}"]
     (tmp_path / "sweep/sweep.json").write_text(json.dumps({ATTACK: flags, "b": []}))
-    row = {"suite": "context", "context_len": 8, "bits_per_byte": 1.0, "data": ATTACK}
-    (tmp_path / "sweep/rows.jsonl").write_text(json.dumps(row | {"model": ATTACK}))
+    case = {"suite": "context", "context_len": 8, "data": ATTACK, "model": ATTACK}
+    row = {"case": case, "measured": {"bits_per_byte": 1.0}, "environment": {}}
+    (tmp_path / "sweep/rows.jsonl").write_text(json.dumps(row))
     path = report.write_report([folder, other], tmp_path / "out")
     seen = Elements(path.read_text())
     assert not seen.open and seen.text.count(ATTACK) >= 10
@@ -187,15 +188,26 @@ def test_context_rows_belong_to_the_run_they_name(tmp_path, run_maker):
     (tmp_path / "lr/sweep.json").write_text("{}")
 
     def row(length, bits, **fields):
-        fields = {"suite": "context", "data": "text", "split": "test", **fields}
-        return json.dumps(fields | {"context_len": length, "bits_per_byte": bits}) + "\n"
+        case = {"suite": "context", "data": "text", "split": "test", **fields}
+        case["context_len"] = length
+        found = {"bits_per_byte": bits}
+        where = {"revision": "abc-dirty" if "model" in fields else "abc"}
+        return json.dumps({"case": case, "measured": found, "environment": where}) + "\n"
 
     rows = [row(64, 2.0, run="b"), row(8, 3.0, run="b"), row(8, 2.5, run="b")]
-    rows += [row(8, 9.0, run="gone"), row(8, 4.0, model="decay"), row("x", 1.0), "{"]
+    rows += [
+        row(8, 9.0, run="gone"),
+        row(8, 4.0, model="decay"),
+        row("x", 1.0),
+        '{"case": 1}\n',
+        "{",
+    ]
     (tmp_path / "context.jsonl").write_text("".join(rows))
     named, unnamed = contexts.context_curves(load_all(folders))
     assert named == contexts.ContextCurve("text test", 1, "", ((8.0, 2.5), (64.0, 2.0)))
     assert (unnamed.run, unnamed.model) == (None, "model decay")
+    texts = [row[1] for row in contexts.context_table([named, unnamed]).rows]
+    assert texts == ["text test", "text test, uncommitted tree"]
     text = render(*folders)
     assert "Context length" in titles(text) and "model decay" in text
 

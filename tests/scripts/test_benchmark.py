@@ -1,6 +1,5 @@
 """The command line of scripts.benchmark; what it measures is tested in tests/benchmarking."""
 
-import json
 import os
 import pathlib
 import subprocess
@@ -8,6 +7,7 @@ import sys
 
 import pytest
 
+from longctx_jax.benchmarking.rows import flat, read
 from tests.command_lines import run_all
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -28,13 +28,14 @@ USAGE = {
     "--suite=train --parts=modles": "models, lengths, schedules, saves",
     "--suite=decay --parts=models": "main, grid, float32, per_token, long",
     "--suite=train --lengths=1k": "numbers of tokens",
-    "--suite=decode --peers=all": "got decode and all",
-    "--suite=decode --record": "belongs to --suite=decay",
+    "--suite=decode --peers=all": "belongs to --suite=decay and --suite=vq: got --suite=decode",
+    "--suite=decode --record": "--record belongs to --suite=decay: got --suite=decode",
     "--suite=decay --peers=fla": "--peers must be among all in the suite decay: got fla",
-    "--suite=decode --heads=mha": "--heads must be among none in the suite decode: got mha",
+    "--suite=decode --heads=mha": "--heads belongs to --suite=vq: got --suite=decode",
     "--suite=vq --parts=main": "layer, slope, codes, blocks, reductions, search, model",
     "--suite=vq --heads=gqa": "--heads must be among shga, mqa, mha in the suite vq: got gqa",
     "--suite=decay --quick --record": "leave one of them out",
+    "--suite=memory --shapes=7b": "--shapes must be among 160m, 1b, 3b, 8b in the suite memory",
 }
 NO_CHECKOUT = ("--suite=vq", "--peers=no/such/folder")
 
@@ -76,7 +77,7 @@ def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
         flags += ["--config.model.tie_embeddings=True", "--config.optim.name=adamw"]
     done = run_benchmark(*flags, timeout=500)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [flat(row) for row in read(out)]
     timed = [row for row in rows if "median_ms" in row]
     assert len(timed) > 8
     for row in timed:
@@ -86,6 +87,6 @@ def test_quick_run_records_complete_rows_and_a_figure(suite, tmp_path):
         assert row["is_quick"] and row["device"] and row["revision"] and row["date"]
         assert row["jax_version"] and row["command"].startswith("python -m scripts.benchmark")
         assert row["xla_flags"] == os.environ.get("XLA_FLAGS", "")
-    assert ("speed_ratio" in done.stdout) == (suite == "train")
+    assert ("tokens/s for tokens/s" in done.stdout) == (suite == "train")
     assert "CPU timings" in done.stdout or rows[0]["platform"] != "cpu"
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

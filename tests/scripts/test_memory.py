@@ -1,12 +1,12 @@
 """The command line of scripts.memory; what it computes is tested in tests/benchmarking."""
 
-import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from longctx_jax.benchmarking.rows import recorded
 from tests.command_lines import run_all
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -49,7 +49,7 @@ def test_models_side_by_side(tmp_path):
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "largest context (tokens) in 1 GiB" in done.stdout
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = recorded(out)
     assert {row["name"] for row in rows} == {"decay", "quickstart"}
     assert all(row["n_layers"] == 2 and row["d_model"] == 64 for row in rows)
     first = rows[0]
@@ -71,7 +71,7 @@ def test_measured_programs_and_updates(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = recorded(out)
     programs = [row for row in rows if row["part"] == "programs"]
     assert [row["program"] for row in programs] == ["prefill", "step", "loop", "train"]
     assert all(0.7 < row["peak_ratio"] < 1.4 and row["compiled"]["peak"] for row in programs)

@@ -1,0 +1,1 @@
+"""Every picture of this project: pure functions from records or flat rows to matplotlib figures."""
