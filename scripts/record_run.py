@@ -30,9 +30,8 @@ def measured(workdir: pathlib.Path, evaluation: pathlib.Path) -> dict[str, float
     Raises:
         ValueError: if the run is not finished, or the evaluation is of another step or split.
     """
-    from longctx_jax import json_files
+    from longctx_jax import json_files, run_files
     from longctx_jax.training import metrics
-    from longctx_jax.training.sweep import run_files.DONE
 
     if not (workdir / run_files.DONE).is_file():
         raise ValueError(
