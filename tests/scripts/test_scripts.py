@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from longctx_jax.benchmarking.rows import recorded
 from longctx_jax.training.metrics import read_records
 from tests.command_lines import run_all
 from tests.tiny import PROJECT, TEXT, flags, tiny_config
@@ -67,7 +68,7 @@ def test_context_lengths(trained, tmp_path):
     out = tmp_path / "context.jsonl"
     sizes = ("--lengths=16,64", "--max_bytes=128")
     script("context", trained, f"--out={out}", *sizes)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = recorded(out)
     assert [(row["context_len"], row["run"]) for row in rows] == [
         (n, trained.name) for n in (16, 64)
     ]
@@ -328,7 +329,7 @@ def test_recall_of_a_trained_run(tmp_path):
     out = tmp_path / "rows.jsonl"
     options = [f"--out={out}", "--segments=2,40", "--n_rows=6", "--batch_size=4"]
     script("recall", f"--workdir={tmp_path}", *options)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = recorded(out)
     totals = [row for row in rows if row["is_total"]]
     assert [(row["n_segments"], row["row_len"], row["n"]) for row in totals] == [
         (2, 24, 6),
