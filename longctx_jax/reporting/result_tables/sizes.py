@@ -45,95 +45,21 @@ UPDATES = (
 )
 
 
-# scheme, when, which rows of SCHEMES, config, page
-CHOICES = (
-    (
-        "full attention: MHA, GQA, MQA",
-        "contexts that fit: the baseline of everything here",
-        ("mha", "gqa", "mqa"),
-        '`name="transformer"`, `n_kv_heads`',
-        "[memory accounting](docs/memory_accounting.md)",
-    ),
-    (
-        "sliding window",
-        "text whose near past says most",
-        ("sliding",),
-        '`pattern=("sliding",)`',
-        "[memory accounting](docs/memory_accounting.md)",
-    ),
-    (
-        "decaying linear attention: RetNet, Lightning, gated",
-        "endless streams at a constant cost a token; gates help most",
-        ("decay",),
-        '`name="decay"`, `decay.kind="gated"`',
-        "[decay](docs/decay.md)",
-    ),
-    (
-        "mixed patterns",
-        "a constant state, and exact attention nearby",
-        ("decay_sliding",),
-        '`pattern=("decay", "decay", "decay", "sliding")`',
-        "[contract](docs/contract.md)",
-    ),
-    (
-        "Transformer-VQ",
-        "softmax over all the past in linear time",
-        ("vq",),
-        '`name="transformer_vq"`',
-        "[vq](docs/vq.md)",
-    ),
-    (
-        "recurrent memory: ARMT, RMT, layer-wise",
-        "facts from very far back; an existing transformer made recurrent",
-        ("armt", "rmt", "layerwise"),
-        '`name="recurrent_memory"`, `memory.kind`',
-        "[memory](docs/memory.md)",
-    ),
-    (
-        "RWKV-4, RWKV-6",
-        "a recurrent baseline",
-        ("rwkv4", "rwkv6"),
-        '`pattern=("rwkv",)`',
-        "[recurrent members](docs/recurrent_members.md)",
-    ),
-    (
-        "Mamba-1, Mamba-2",
-        "a recurrent baseline",
-        ("mamba1", "mamba2"),
-        '`pattern=("mamba",)`',
-        "[recurrent members](docs/recurrent_members.md)",
-    ),
-    (
-        "StagFormer",
-        "a shorter critical path a token, at a larger cache",
-        ("stagformer",),
-        '`name="stagformer"`',
-        "[stagformer](docs/stagformer.md)",
-    ),
-    (
-        "InAttention: embeddings, token ids, counts",
-        "prompts that cost no layers; the smallest caches",
-        ("inattention", "inattention_ids", "inattention_counts"),
-        '`name="inattention"`, `inattention.cache`',
-        "[inattention](docs/inattention.md)",
-    ),
-)
-
-
 def _cache(source: Source, name: str, context_len: int) -> Flat | None:
     where = {"part": "programs", "program": "prefill", "name": name, **AT_1B}
     return source.one(FILE, context_len=context_len, **where)
 
 
-def choices(source: Source) -> str:
-    """Which scheme to choose, and what it remembers a context in."""
-    lines = []
-    for scheme, when, names, config, page in CHOICES:
-        rows = [_cache(source, name, 131_072) for name in names]
-        sizes = ", ".join(bytes_text(row["cache_bytes"]) if row else NO_ROWS for row in rows)
-        lines.append([scheme, when, sizes, config, page])
-    heads = ["scheme", "choose it for", "state after 131,072 tokens", "`config.model`", "page"]
-    return markdown(heads, lines)
+def cache_of(source: Source, name: str) -> str:
+    """The cache of a scheme after 131,072 tokens."""
+    row = _cache(source, name, 131_072)
+    return bytes_text(row["cache_bytes"]) if row else NO_ROWS
+
+
+def about_caches(source: Source) -> str:
+    """What to say of the rows of all caches after 131,072 tokens."""
+    source.rows(FILE, part="programs", program="prefill", context_len=131_072, **AT_1B)
+    return source.note()
 
 
 def caches(source: Source) -> str:
