@@ -59,6 +59,15 @@ def test_a_wrong_command_line_is_one_paragraph():
         assert text in " ".join(done.stderr.split()), done.stderr
 
 
+def test_a_sweep_hands_its_mixers_to_its_runs(tmp_path):
+    place = "tests.laws.cases:OTHERS"
+    sweep = ["--sweep=configs/sweeps/quickstart_lr.py", f"--workdir={tmp_path}", "--dry_run"]
+    (done,) = run_all([("sweep", *sweep, f"--mixers={place}", "--set=model.one.gain=3.0")])
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if "scripts.train" in line]
+    assert commands and all(f"--mixers={place}" in line for line in commands)
+
+
 def run(folder, script, *arguments):
     """Runs a documented command with a file of one's own beside; returns what it printed."""
     path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -94,6 +103,8 @@ def test_the_page_s_mixer_goes_through_the_documented_commands(tmp_path):
     assert "def " in must("generate", f"--workdir={workdir}", "--prompt=def ", "--max_new_tokens=4")
     assert "cache by context" in must("memory", *TINY, "--contexts=16,32")
     assert "devices=8" in must("train", *tiny, "--plan_only", "--plan_devices=8")
+    must("report", f"--runs={workdir}", f"--out={tmp_path / 'report'}")
+    assert "gla" in (tmp_path / "report" / "index.html").read_text()
     tuned = [f"--config=configs/from_run.py:{workdir}", f"--workdir={tmp_path / 'tuned'}"]
     must("train", *tuned, "--config.train.n_steps=7")
     refused = run(tmp_path, "evaluate", f"--workdir={workdir}")
