@@ -32,7 +32,7 @@ def drawers() -> dict[str, Callable[[pathlib.Path, pathlib.Path], None]]:
         save(draw(rows.recorded(path)), picture, path)
 
     others = {"context": draw_context_curves, "recall": draw_recall}
-    others["memory_accounting"] = draw_accounting
+    others["accounting"] = draw_accounting
     found = {name: functools.partial(run.draw, suite) for name, suite in SUITES.items()}
     return found | {n: functools.partial(with_function, f) for n, f in others.items()}
 

@@ -1,7 +1,7 @@
 """Bytes of a model's cache, from the shapes that `init_cache` makes; nothing is allocated.
 
 So every model and mixer is counted, to the byte, the moment it exists. Closed forms of those that
-are here stand in docs/memory_accounting.md, and the tests hold them.
+are here stand in docs/accounting.md, and the tests hold them.
 """
 
 import collections

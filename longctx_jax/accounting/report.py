@@ -26,8 +26,8 @@ from longctx_jax.models.decoder import Decoder
 from longctx_jax.units import bytes_text
 
 Models = Mapping[str, Decoder]
-Row = dict[str, Any]  # flat: scripts.memory says what is measured of it
-SUITE = "memory_accounting"
+Row = dict[str, Any]  # flat: scripts.accounting says what is measured of it
+SUITE = "accounting"
 PEAK_PROGRAMS = ("prefill", "loop")  # what generation runs
 
 

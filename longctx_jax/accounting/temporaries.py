@@ -1,7 +1,7 @@
 """What a compiled call holds beside its arguments and results, by formula: its temporaries.
 
 Unlike caches and parameters this is an estimate: the compiler decides. What it was seen to do, and
-what is counted, at the widest point of a call (docs/memory_accounting.md has the accuracy):
+what is counted, at the widest point of a call (docs/accounting.md has the accuracy):
 
     new cache     the loop over layers writes the caches anew, so a donated cache exists twice
                   while it runs; of rings, which are lent (kv_cache.py), only the new tokens do

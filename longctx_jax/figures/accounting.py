@@ -1,4 +1,4 @@
-"""What models hold in memory, by context: rows of scripts.memory, flat."""
+"""What models hold in memory, by context: rows of scripts.accounting, flat."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The bytes of every model's cache in closed form, as docs/memory_accounting.md has them.
+"""The bytes of every model's cache in closed form, as docs/accounting.md has them.
 
 With w the bytes of a number of `dtype`, and s those of a state (4, or 8 with float64), a row of the
 batch needs:

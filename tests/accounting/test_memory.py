@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, memory_1b
+from configs import accounting_1b, base
 from longctx_jax.accounting import caches, programs, report, search
 from longctx_jax.figures.accounting import draw_accounting
 from longctx_jax.models import build_model
@@ -88,9 +88,9 @@ def test_caches_have_the_bytes_of_the_closed_form(name):
             assert found == closed_form(model.config, batch_size, max_len), (dtype, max_len)
 
 
-@pytest.mark.parametrize("name", memory_1b.SCHEMES)
+@pytest.mark.parametrize("name", accounting_1b.SCHEMES)
 def test_caches_have_the_bytes_of_the_closed_form_at_1b(name):
-    model = build_model(memory_1b.get_config(name).model)
+    model = build_model(accounting_1b.get_config(name).model)
     for max_len in (4096, 1_048_576):
         assert caches.cache_bytes(model, 1, max_len) == closed_form(model.config, 1, max_len)
 
@@ -117,7 +117,7 @@ def test_known_sizes_of_the_1b_shape():
         ("inattention_counts", 2**20, ("counts",)): 32_000 * 4 / 2**20,
     }
     for (name, context_len, parts), expected in known.items():
-        model = build_model(memory_1b.get_config(name).model)
+        model = build_model(accounting_1b.get_config(name).model)
         terms = caches.cache_terms(model, 1, context_len)
         assert sum(terms[part] for part in parts) == expected * 2**20, (name, terms)
 
@@ -193,7 +193,7 @@ def test_every_program_is_planned_as_predicted(name, program):
 @pytest.mark.parametrize("name", ["transformer", "decay", "vq", "mamba", "armt", "stagformer"])
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
 def test_an_update_is_planned_as_predicted(name, remat):
-    """Six real configs are off by at most 0.07 (docs/memory_accounting.md); these are smaller."""
+    """Six real configs are off by at most 0.07 (docs/accounting.md); these are smaller."""
     config = base.get_config()
     model = build_model({**SMALL, **PLANNED[name], "remat": remat})
     found, _, true = programs.train_plans(config, model, batch_size=4, seq_len=256)
@@ -285,7 +285,7 @@ def test_largest_models_fit_and_larger_ones_do_not(name):
 
 
 def test_widths_grow_in_steps_that_the_config_allows():
-    config = build_model(memory_1b.get_config("mamba2").model).config
+    config = build_model(accounting_1b.get_config("mamba2").model).config
     config = dataclasses.replace(config, d_ff=8224)
     step = search.width_step(config)
     wider = search.scaled_width(config, step + 1, step)

@@ -52,7 +52,7 @@ def test_a_config_that_needs_a_mixer_says_so():
 
 
 def test_a_wrong_command_line_is_one_paragraph():
-    lines = [("memory", f"--mixers={place}") for place in MISTAKES]
+    lines = [("accounting", f"--mixers={place}") for place in MISTAKES]
     lines += [("train", *TINY, "--workdir=runs/never")]
     for done, text in zip(run_all(lines), [*MISTAKES.values(), "one of"], strict=True):
         assert done.returncode in (1, 2) and "Traceback" not in done.stderr
@@ -101,7 +101,7 @@ def test_the_page_s_mixer_goes_through_the_documented_commands(tmp_path):
     found = json.loads(must("evaluate", f"--workdir={workdir}", "--max_bytes=300").splitlines()[-1])
     assert found["step"] == 6 and found["bits_per_byte"] > 0
     assert "def " in must("generate", f"--workdir={workdir}", "--prompt=def ", "--max_new_tokens=4")
-    assert "cache by context" in must("memory", *TINY, "--contexts=16,32")
+    assert "cache by context" in must("accounting", *TINY, "--contexts=16,32")
     assert "devices=8" in must("train", *tiny, "--plan_only", "--plan_devices=8")
     must("report", f"--runs={workdir}", f"--out={tmp_path / 'report'}")
     assert "gla" in (tmp_path / "report" / "index.html").read_text()

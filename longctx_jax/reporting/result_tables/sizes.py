@@ -7,7 +7,7 @@ from longctx_jax.benchmarking.rows import Flat
 from longctx_jax.reporting.result_tables.source import NO_ROWS, Source, markdown
 from longctx_jax.units import bytes_text
 
-FILE = "memory_accounting"
+FILE = "accounting"
 ANY = 2_147_483_647  # positions count no further
 AT_1B: Mapping[str, Any] = {"weight_dtype": "bfloat16", "dtype": "bfloat16"}
 CONTEXTS = (4096, 32_768, 131_072, 1_048_576)

@@ -1,8 +1,8 @@
-"""What a model needs in memory: python -m scripts.memory --config=FILE [--contexts=4096,...].
+"""What a model needs in memory: python -m scripts.accounting --config=FILE [--contexts=4096,...].
 
 By formula, for any size, without allocating anything: parameters, cache by what it holds, the peak
 of prefill and decoding; the longest context in --budget_gb; the largest model of each scheme in
-the memory of --baseline. --schemes=all shows every scheme of configs/memory_1b.py side by side,
+the memory of --baseline. --schemes=all shows every scheme of configs/accounting_1b.py side by side,
 --compare more config files; --config.model.field=value then holds for all of them. --measure
 compiles every program (on a GPU it also runs those that fit) and sets the compiler's numbers beside
 ours.
@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from scripts import common
 
-_CONFIG = common.config_flag(default="configs/memory_1b.py")
-_SCHEMES = flags.DEFINE_list("schemes", [], "Of configs/memory_1b.py, e.g. mha,gqa; all = all.")
+_CONFIG = common.config_flag(default="configs/accounting_1b.py")
+_SCHEMES = flags.DEFINE_list("schemes", [], "Of configs/accounting_1b.py, e.g. mha,gqa; all = all.")
 _COMPARE = flags.DEFINE_list("compare", [], "More config files, FILE.py or FILE.py:NAME.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["4096", "32768", "131072", "1048576"], "Tokens.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows of a cache.", lower_bound=1)
@@ -65,21 +65,21 @@ def load_configs() -> dict[str, Any]:
     Raises:
         UsageError: if a scheme is unknown.
     """
-    from configs import memory_1b
+    from configs import accounting_1b
 
     holder = flags.FLAGS["config"]
-    schemes = list(memory_1b.SCHEMES) if _SCHEMES.value == ["all"] else _SCHEMES.value
-    unknown = [name for name in schemes if name not in memory_1b.SCHEMES]
+    schemes = list(accounting_1b.SCHEMES) if _SCHEMES.value == ["all"] else _SCHEMES.value
+    unknown = [name for name in schemes if name not in accounting_1b.SCHEMES]
     if unknown:
         raise common.UsageError(
-            f"--schemes must be all, or among {', '.join(memory_1b.SCHEMES)}: got "
+            f"--schemes must be all, or among {', '.join(accounting_1b.SCHEMES)}: got "
             f"{', '.join(unknown)}"
         )
     config, path = _CONFIG.value, config_flags.get_config_filename(holder)
     configs = {}
     if holder.present or not (schemes or _COMPARE.value):
         configs[name_of(path)] = config
-    configs |= {name: memory_1b.get_config(name) for name in schemes}
+    configs |= {name: accounting_1b.get_config(name) for name in schemes}
     configs |= {name_of(path): common.load_config(path) for path in _COMPARE.value}
     overrides = config_flags.get_override_values(holder)
     for other in configs.values():
@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> None:
         )
     import jax
 
-    from longctx_jax.accounting import report as memory_report
+    from longctx_jax.accounting import report
     from longctx_jax.benchmarking import environment
     from longctx_jax.benchmarking import rows as rows_of
     from longctx_jax.models import build_model
@@ -128,25 +128,25 @@ def main(arguments: list[str]) -> None:
     mixers = common.mixers()
 
     models = {name: build_model(config.model, mixers) for name, config in configs.items()}
-    setting = memory_report.Setting(_BATCH_SIZE.value, _PIECE_LEN.value, _WEIGHT_DTYPE.value)
+    setting = report.Setting(_BATCH_SIZE.value, _PIECE_LEN.value, _WEIGHT_DTYPE.value)
     options = {"is_measured": _MEASURE.value}
-    parts = [memory_report.program_rows(models, contexts, setting, **options)]
+    parts = [report.program_rows(models, contexts, setting, **options)]
     if _TRAIN.value:
-        parts.append(memory_report.train_rows(configs, models, **options))
+        parts.append(report.train_rows(configs, models, **options))
     if _BUDGET_GB.value:
         budget = round(_BUDGET_GB.value * 2**30)
-        parts.append(memory_report.context_rows(models, budget, setting))
+        parts.append(report.context_rows(models, budget, setting))
     if len(models) > 1 and equal_contexts:
         baseline = _BASELINE.value or next(iter(models))
-        parts.append(memory_report.model_rows(models, baseline, equal_contexts, setting))
-    command = environment.command_line("scripts.memory", sys.argv[1:])
+        parts.append(report.model_rows(models, baseline, equal_contexts, setting))
+    command = environment.command_line("scripts.accounting", sys.argv[1:])
     fields = environment.environment(command)
     rows = []
     for row in itertools.chain.from_iterable(parts):
         rows.append(row)
         if _OUT.value:  # one by one: a measured row takes seconds
             rows_of.append(_OUT.value, [as_row(row, fields)])
-    print(memory_report.format_report(rows))
+    print(report.format_report(rows))
     if _MEASURE.value and jax.default_backend() == "cpu":
         print(
             "\ncompiled for a CPU and not run: the plan's bytes. A CPU widens bfloat16 to float32, "

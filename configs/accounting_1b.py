@@ -1,8 +1,8 @@
-"""A 1B shape with every scheme: --config=configs/memory_1b.py:mha (names: SCHEMES below).
+"""A 1B shape with every scheme: --config=configs/accounting_1b.py:mha (names: SCHEMES below).
 
 16 layers x 2,048, 32 heads of 64, a gated MLP of 8,192 and 32,000 tied embeddings in bfloat16: the
 sizes of LLaMA 3.2 1B but for its vocabulary. What differs from "mha" is what a scheme is about, so
-memory can be compared: python -m scripts.memory --schemes=all. Data are PG-19's sub-words.
+memory can be compared: python -m scripts.accounting --schemes=all. Data are PG-19's sub-words.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def get_config(arg: str = "mha") -> ml_collections.ConfigDict:
     if name not in SCHEMES:
         raise ValueError(
             f"a scheme must be one of {list(SCHEMES)}: got {name!r}; e.g. "
-            "--config=configs/memory_1b.py:gqa"
+            "--config=configs/accounting_1b.py:gqa"
         )
     config = base.get_config()
     config.model.update(SHAPE)

@@ -1,4 +1,4 @@
-"""The command line of scripts.memory; what it computes is tested in tests/benchmarking."""
+"""The command line of scripts.accounting; what it computes is tested in tests/benchmarking."""
 
 import pathlib
 import subprocess
@@ -23,7 +23,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def refused():
-    lines = [("memory", *line.split()) for line in MISTAKES]
+    lines = [("accounting", *line.split()) for line in MISTAKES]
     return dict(zip(MISTAKES, run_all(lines), strict=True))
 
 
@@ -41,7 +41,7 @@ def test_models_side_by_side(tmp_path):
     flags += ["--config.model.n_layers=2", "--config.model.d_model=64", "--config.model.d_ff=64"]
     flags += ["--config.model.n_heads=2", "--budget_gb=1", f"--out={out}", f"--plot={plot}"]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.memory", *flags],
+        [sys.executable, "-m", "scripts.accounting", *flags],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -54,7 +54,7 @@ def test_models_side_by_side(tmp_path):
     assert all(row["n_layers"] == 2 and row["d_model"] == 64 for row in rows)
     first = rows[0]
     assert first["cache_bytes"] == sum(first["cache_terms"].values())
-    assert first["command"].startswith("python -m scripts.memory") and first["revision"]
+    assert first["command"].startswith("python -m scripts.accounting") and first["revision"]
     assert str(tmp_path) not in out.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -64,7 +64,7 @@ def test_measured_programs_and_updates(tmp_path):
     out = tmp_path / "rows.jsonl"
     flags = ["--config=configs/quickstart.py", "--contexts=128", "--measure", "--train"]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.memory", *flags, f"--out={out}"],
+        [sys.executable, "-m", "scripts.accounting", *flags, f"--out={out}"],
         cwd=PROJECT,
         capture_output=True,
         text=True,
