@@ -1,5 +1,8 @@
 """Any mixer runs under any schedule, cut into segments: same logits, caches and gradients."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,7 +17,6 @@ from tests.laws.cases import (
     SEQ,
     TOKENS,
     build,
-    laws,
     variables_of,
 )
 
@@ -33,13 +35,27 @@ def computed(model, variables):
     return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
 
-@pytest.mark.parametrize("name", laws((*CASES, *MIXTURES), fast=("decay-gated",)))
-def test_every_schedule_computes_the_same(name):
+@functools.cache
+def whole(name):
+    """Returns the variables of a case, and what the whole call at once computes with them."""
     variables = variables_of(build(name))
-    gradient, (logits, caches) = computed(build(name), variables)
-    for schedule in SCHEDULES:
-        model = build(name, schedule=schedule, segment_len=SEGMENT, n_ramp_buckets=1)
-        other, (other_logits, other_caches) = computed(model, variables)
-        assert_close(other_logits, logits, rel_rms=2e-6)
-        assert_trees_close(other_caches, caches, rel_rms=1e-5)
-        assert_trees_close(other, gradient, rel_rms=2e-5)
+    return variables, computed(build(name), variables)
+
+
+FAST = ("running_mean-mean", "diagonal")  # the others compile for seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        pytest.param(*case, marks=() if case == FAST else pytest.mark.slow)
+        for case in itertools.product((*CASES, *MIXTURES), SCHEDULES)
+    ],
+)
+def test_every_schedule_computes_the_same(name, schedule):
+    variables, (gradient, (logits, caches)) = whole(name)
+    model = build(name, schedule=schedule, segment_len=SEGMENT, n_ramp_buckets=1)
+    other, (other_logits, other_caches) = computed(model, variables)
+    assert_close(other_logits, logits, rel_rms=2e-6)
+    assert_trees_close(other_caches, caches, rel_rms=1e-5)
+    assert_trees_close(other, gradient, rel_rms=2e-5)

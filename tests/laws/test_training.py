@@ -8,7 +8,7 @@ from longctx_jax.runs.train import train_data
 from longctx_jax.training import loop
 from longctx_jax.training.checkpoint import Checkpointer
 from tests.laws import mesh
-from tests.laws.cases import CASES, MIXERS, config_of, over_mixers
+from tests.laws.cases import CASES, MIXERS, config_of, laws
 
 
 def train(workdir, name, n_steps):
@@ -26,7 +26,7 @@ def arrays_of(workdir):
     return saved.steps()[-1], leaves
 
 
-@over_mixers
+@pytest.mark.parametrize("name", laws(fast=("running_mean-mean",)))  # the loop has its own
 def test_a_resumed_run_is_the_undisturbed_one(name, tmp_path):
     train(tmp_path / "whole", name, 4)
     train(tmp_path / "cut", name, 2)
