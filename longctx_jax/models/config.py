@@ -262,6 +262,10 @@ def _require_outside_mixers(named: Any, mixers: Mapping[str, Mixer]) -> None:
         named: "kind=package.module:NAME" of each; only shown, never imported.
         mixers: those at hand.
     """
+    if not isinstance(named, list | tuple) or not all(isinstance(text, str) for text in named):
+        raise ValueError(
+            f"config.model.{OUTSIDE} must list texts: got {named!r:.100}; leave it to --mixers"
+        )
     missing = [text for text in named if str(text).partition("=")[0] not in mixers]
     if missing:
         places = ",".join(str(text).partition("=")[2] for text in missing)

@@ -25,6 +25,7 @@ MISTAKES = [
     ({"n_layers": 2.0}, "config.model.n_layers must be an integer: got 2.0; write a whole number"),
     ({"n_heads": True}, "config.model.n_heads must be an integer: got True"),
     ({"vq": {"window_len": "8"}}, "config.model.vq.window_len must be an integer: got '8'; write"),
+    ({"outside_mixers": 5}, "config.model.outside_mixers must list texts: got 5; leave it to"),
     ({"n_layers": 0}, "config.model.n_layers must be positive: got 0; set it above 0"),
     ({"d_model": -8}, "config.model.d_model must be positive: got -8; set it above 0"),
     ({"n_heads": 0}, "config.model.n_heads must be positive: got 0"),

@@ -7,7 +7,7 @@
 | equation | file |
 | --- | --- |
 | m, and the layers that read it | `layers.py`, `nn/inattention/rows.py` |
-| attention to m; its exact ways to go on | `nn/inattention/attention.py`, `forms.py` |
+| attention to m; its exact ways to go on | `nn/inattention/{attention,forms}.py` |
 | what is remembered: rows, ids, counts, keys | `nn/inattention/memory.py` |
 | which of them | `cache.py` |
 | the family's functions, `Body` | `body.py` |
