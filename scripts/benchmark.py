@@ -70,7 +70,9 @@ def make_request() -> Request:
         lengths=tuple(map(int, _LENGTHS.value)),
     )
     options = {name: holder.value for name, holder in _OPTIONS.items()}
-    request = Request(_CONFIG.value, limits, tuple(_PARTS.value), SHAPES, options)
+    request = Request(
+        _CONFIG.value, limits, tuple(_PARTS.value), SHAPES, options, mixers=common.mixers()
+    )
     try:
         return checked(SUITES, _SUITE.value, request)
     except RequestError as error:

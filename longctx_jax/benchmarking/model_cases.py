@@ -6,6 +6,7 @@ Decoding: `decoding_cases.py`.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from longctx_jax.benchmarking.timing import Case, Limits
 from longctx_jax.models import build_model
 from longctx_jax.models.config import ModelConfig, model_config
 from longctx_jax.models.decoder import Decoder
+from longctx_jax.nn.contract import Mixer
+from longctx_jax.nn.mixers import MIXERS
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.state import init_state
 from longctx_jax.training.step import make_train_step
@@ -26,12 +29,20 @@ DOCUMENT_LEN = 4096  # mean tokens a document of the random batches
 SMALL = {"n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 64, "d_key": 0, "d_value": 0}
 
 
-def base_model(config: Any, limits: Limits) -> ModelConfig:
+Mixers = Mapping[str, Mixer]
+
+
+def with_outside(kinds: tuple[str, ...], mixers: Mixers) -> tuple[str, ...]:
+    """Returns the kinds that a suite compares, and those that a user brought."""
+    return (*kinds, *(kind for kind in mixers if kind not in MIXERS))
+
+
+def base_model(config: Any, limits: Limits, mixers: Mixers = MIXERS) -> ModelConfig:
     """Returns the plain transformer of config.model's sizes (tiny when quick)."""
     fields = dict(config.model) | {"name": BASELINE, "pattern": ()}
     if limits.is_quick:
         fields |= SMALL
-    return model_config(fields)
+    return model_config(fields, mixers)
 
 
 def variant(model: ModelConfig, pattern: tuple[str, ...], **fields) -> Decoder:

@@ -28,6 +28,7 @@ class Request:
         parts: of the suite's, which to run.
         shapes: names and sizes (fields of config.model) of models to measure on a GPU.
         options: values of the suite's options.
+        mixers: kinds that patterns may name; suites that compare mixers take outside ones along.
     """
 
     config: Any
@@ -35,6 +36,7 @@ class Request:
     parts: Sequence[str]
     shapes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mixers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,14 @@ from longctx_jax.benchmarking.suite import Option, Request, Suite, rows_by_part
 
 def _rows(request: Request) -> Iterator[Row]:
     from longctx_jax.benchmarking.decode import attention, initial, mixers, stacks
+    from longctx_jax.nn.mixers import MIXERS
 
     limits = request.limits
     shapes = {name: request.shapes[name] for name in request.options["shapes"]}
     measure = {
-        "mixers": functools.partial(mixers.mixer_rows, request.config, limits),
+        "mixers": functools.partial(
+            mixers.mixer_rows, request.config, limits, request.mixers or MIXERS
+        ),
         "stacks": functools.partial(stacks.stack_rows, limits, shapes),
         "initial": functools.partial(initial.initial_rows, limits, shapes),
         "attention": functools.partial(attention.attention_rows, limits),

@@ -10,13 +10,16 @@ from longctx_jax.accounting import flops
 from longctx_jax.accounting.caches import cache_bytes
 from longctx_jax.benchmarking.decoding_cases import loop_case, prefill_case
 from longctx_jax.benchmarking.model_cases import (
+    Mixers,
     base_model,
     shape_fields,
     speed_fields,
     variant,
+    with_outside,
 )
 from longctx_jax.benchmarking.rows import Row, make
 from longctx_jax.benchmarking.timing import Limits
+from longctx_jax.nn.mixers import MIXERS
 
 KINDS = ("softmax", "sliding", "decay")
 CONTEXT_LENS = (256, 1024, 4096, 16384)
@@ -24,13 +27,13 @@ CPU_CONTEXT_LENS = (256, 1024, 4096)  # longer prefills take minutes a run there
 BATCH_SIZES = (1, 8)
 
 
-def mixer_rows(config: Any, limits: Limits) -> Iterator[Row]:
+def mixer_rows(config: Any, limits: Limits, mixers: Mixers = MIXERS) -> Iterator[Row]:
     """Yields a prefill row and a token-loop row a (context length, batch size, mixer)."""
-    base = base_model(config, limits)
+    base = base_model(config, limits, mixers)
     lengths = CPU_CONTEXT_LENS if jax.default_backend() == "cpu" else CONTEXT_LENS
     lengths = limits.lengths or ((16, 32) if limits.is_quick else lengths)
     n_new = 4 if limits.is_quick else 64
-    models = {kind: variant(base, (kind,)) for kind in KINDS}
+    models = {kind: variant(base, (kind,)) for kind in with_outside(KINDS, mixers)}
     for context_len, batch_size in itertools.product(lengths, BATCH_SIZES):
         prefills = {k: prefill_case(m, batch_size, context_len, n_new) for k, m in models.items()}
         prefill = limits.measure(prefills)

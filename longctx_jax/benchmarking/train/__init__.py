@@ -10,6 +10,7 @@ from longctx_jax.benchmarking.suite import Request, Suite, rows_by_part
 
 def _rows(request: Request) -> Iterator[Row]:
     from longctx_jax.benchmarking.train import parts, saves
+    from longctx_jax.nn.mixers import MIXERS
 
     measure = {
         "models": parts.models_part,
@@ -17,7 +18,7 @@ def _rows(request: Request) -> Iterator[Row]:
         "schedules": parts.schedules_part,
         "saves": saves.saves_part,
     }
-    arguments = (request.config, request.limits)
+    arguments = (request.config, request.limits, request.mixers or MIXERS)
     return rows_by_part(request, {k: functools.partial(v, *arguments) for k, v in measure.items()})
 
 

@@ -16,6 +16,7 @@ from longctx_jax.accounting import flops
 from longctx_jax.benchmarking.model_cases import (
     BASELINE,
     SMALL,
+    Mixers,
     base_model,
     forward_case,
     make_batch,
@@ -23,6 +24,7 @@ from longctx_jax.benchmarking.model_cases import (
     speed_fields,
     train_case,
     variant,
+    with_outside,
 )
 from longctx_jax.benchmarking.ratios import speed_ratio
 from longctx_jax.benchmarking.rows import Row, make
@@ -31,9 +33,11 @@ from longctx_jax.benchmarking.train import yardstick
 from longctx_jax.models import build_model
 from longctx_jax.models.config import ModelConfig, model_config
 from longctx_jax.models.schedules.diagonal import diagonal_cells
+from longctx_jax.nn.mixers import MIXERS
 from longctx_jax.training.optimizer import make_optimizer
 
 YARDSTICK = "yardstick"
+KINDS = ("softmax", "sliding", "decay")
 
 
 def yardstick_case(config: Any, model: ModelConfig, batch_size: int, seq_len: int) -> Case:
@@ -100,7 +104,7 @@ def train_shape(config: Any, limits: Limits) -> tuple[int, int]:
     return (2, 32) if limits.is_quick else (config.data.global_batch_size, config.data.seq_len)
 
 
-def models_part(config: Any, limits: Limits) -> Iterator[Row]:
+def models_part(config: Any, limits: Limits, mixers: Mixers = MIXERS) -> Iterator[Row]:
     """Yields an update of every model, and the ratios to the yardstick.
 
     Args:
@@ -108,7 +112,7 @@ def models_part(config: Any, limits: Limits) -> Iterator[Row]:
             data.global_batch_size count.
         limits: how long to measure.
     """
-    base = base_model(config, limits)
+    base = base_model(config, limits, mixers)
     batch_size, seq_len = train_shape(config, limits)
     pattern = pattern_for(base.n_layers)
     runs: dict[str, tuple[tuple[str, ...], int, bool]] = {  # pattern, cache_len, documents
@@ -118,23 +122,24 @@ def models_part(config: Any, limits: Limits) -> Iterator[Row]:
         "decay": (("decay",), 0, True),
         "decay, carried cache": (("decay",), seq_len, True),
     }
+    runs |= {kind: ((kind,), 0, True) for kind in with_outside((), mixers)}
     if pattern:
         runs[f"pattern {'-'.join(pattern)}"] = (pattern, 0, True)
     cases, models = {}, {}
     differing = yardstick_differs(config, base)
     if not differing:
         cases[YARDSTICK] = yardstick_case(config, base, batch_size, seq_len)
-    for name, (mixers, cache_len, has_documents) in runs.items():
-        models[name] = variant(base, mixers)
+    for name, (kinds, cache_len, has_documents) in runs.items():
+        models[name] = variant(base, kinds)
         past = {"cache_len": cache_len, "has_documents": has_documents}
         cases[name] = train_case(config, models[name], batch_size, seq_len, **past)
     measured = limits.measure(cases)
     for name, (row, _) in measured.items():
-        mixers, cache_len, has_documents = runs.get(name, (("softmax",), 0, False))
+        kinds, cache_len, has_documents = runs.get(name, (("softmax",), 0, False))
         model = models.get(name, models[BASELINE]).config
         past = {"n_past": cache_len, "cache_len": cache_len}
         per_token = flops.train_flops_per_token(model, seq_len, **past)
-        about = {"name": name, "pattern": mixers, "cache_len": cache_len}
+        about = {"name": name, "pattern": kinds, "cache_len": cache_len}
         about |= {"has_documents": has_documents, **shape_fields(model, batch_size, seq_len)}
         yield make(about, row | speed_fields(row, batch_size * seq_len, per_token))
     if differing:
@@ -151,15 +156,15 @@ def _ratios(measured: Measured, base: ModelConfig, batch_size: int, seq_len: int
         yield make(about, speed_ratio(measured[name][1], measured[YARDSTICK][1]))
 
 
-def lengths_part(config: Any, limits: Limits) -> Iterator[Row]:
+def lengths_part(config: Any, limits: Limits, mixers: Mixers = MIXERS) -> Iterator[Row]:
     """Yields updates of longer and longer sequences."""
-    base = base_model(config, limits)
+    base = base_model(config, limits, mixers)
     batch_size, seq_len = train_shape(config, limits)
     tokens = batch_size * seq_len
     lengths = limits.lengths or ((16,) if limits.is_quick else (256, 512, 1024, 2048, 4096))
     for length in lengths:
         rows = max(1, tokens // length)
-        models = {kind: variant(base, (kind,)) for kind in ("softmax", "sliding", "decay")}
+        models = {kind: variant(base, (kind,)) for kind in with_outside(KINDS, mixers)}
         cases = {kind: train_case(config, model, rows, length) for kind, model in models.items()}
         for kind, (row, _) in limits.measure(cases).items():
             per_token = flops.train_flops_per_token(models[kind].config, length)
@@ -167,14 +172,15 @@ def lengths_part(config: Any, limits: Limits) -> Iterator[Row]:
             yield make(about, row | speed_fields(row, rows * length, per_token))
 
 
-def schedules_part(config: Any, limits: Limits) -> Iterator[Row]:
+def schedules_part(config: Any, limits: Limits, mixers: Mixers = MIXERS) -> Iterator[Row]:
     """One row of a batch, many segments: where the diagonal schedule is meant to help."""
     sizes = SMALL | {"n_layers": 8, "d_model": 64, "d_ff": 192}
     n_layers, n_segments, length = 8, 16, 64
     if limits.is_quick:
         n_layers, n_segments, length = 2, 4, 8
     base = model_config(
-        dict(config.model) | sizes | {"name": BASELINE, "pattern": (), "n_layers": n_layers}
+        dict(config.model) | sizes | {"name": BASELINE, "pattern": (), "n_layers": n_layers},
+        mixers,
     )
     base = dataclasses.replace(base, pattern=("decay",), segment_len=length)
     seq_len = n_segments * length

@@ -17,6 +17,7 @@ import numpy as np
 from longctx_jax.accounting import flops
 from longctx_jax.benchmarking import timing
 from longctx_jax.benchmarking.model_cases import (
+    Mixers,
     base_model,
     shape_fields,
     speed_fields,
@@ -28,12 +29,13 @@ from longctx_jax.benchmarking.timing import Limits
 from longctx_jax.benchmarking.train.parts import train_shape
 from longctx_jax.models import build_model
 from longctx_jax.models.config import model_config
+from longctx_jax.nn.mixers import MIXERS
 from longctx_jax.training.checkpoint import Checkpointer
 
 N_UPDATES = 20  # of a stretch: a save must be over before they are, as it is in a run
 
 
-def saves_part(config: Any, limits: Limits) -> Iterator[Row]:
+def saves_part(config: Any, limits: Limits, mixers: Mixers = MIXERS) -> Iterator[Row]:
     """Yields one row: `overhead_fraction`, a save's price over the time of checkpoint_every steps.
 
     Args:
@@ -41,9 +43,8 @@ def saves_part(config: Any, limits: Limits) -> Iterator[Row]:
             train.loss_chunk_len, train.checkpoint_every and train.keep_latest count.
         limits: how many turns.
     """
-    model = build_model(
-        base_model(config, limits) if limits.is_quick else model_config(dict(config.model))
-    )
+    whole = model_config(dict(config.model), mixers)
+    model = build_model(base_model(config, limits, mixers) if limits.is_quick else whole)
     batch_size, seq_len = train_shape(config, limits)
     case = train_case(config, model, batch_size, seq_len)
     inputs = case.make_inputs(None)
