@@ -41,10 +41,10 @@ train: venv  ## Train, evaluate, sample and plot the quickstart model (minutes o
 	@echo "      $(RUN) -m scripts.sweep --sweep=configs/sweeps/quickstart_lr.py --workdir=runs/quickstart_lr"
 
 test: venv-test  ## Run the fast tests
-	$(RUN) -m pytest -n 2 -q -m "not slow and not gpu and not network"
+	$(RUN) -m pytest -n 2 --dist loadfile -q -m "not slow and not gpu and not network"
 
 test-slow: venv-test  ## Run the fast and the slow tests
-	$(RUN) -m pytest -n 2 -q -m "not gpu and not network"
+	$(RUN) -m pytest -n 2 --dist loadfile -q -m "not gpu and not network"
 
 lint: venv-test  ## Check style (ruff) and types (pyright)
 	$(RUN) -m ruff check .

@@ -79,7 +79,10 @@ def slow_but(quick, names):
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = (*MODELS, "armt_softmax", "rmt_sliding", "stagformer_rows_window", "inattention_counts")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_caches_have_the_bytes_of_the_closed_form(name):
     for dtype in ("float32", "bfloat16"):
         model = build_model({**TINY, **CASES[name], "dtype": dtype})
@@ -88,7 +91,7 @@ def test_caches_have_the_bytes_of_the_closed_form(name):
             assert found == closed_form(model.config, batch_size, max_len), (dtype, max_len)
 
 
-@pytest.mark.parametrize("name", accounting_1b.SCHEMES)
+@pytest.mark.parametrize("name", slow_but(("gqa", "armt"), accounting_1b.SCHEMES))
 def test_caches_have_the_bytes_of_the_closed_form_at_1b(name):
     model = build_model(accounting_1b.get_config(name).model)
     for max_len in (4096, 1_048_576):

@@ -8,7 +8,7 @@ from configs import base
 from longctx_jax.accounting import caches, flops, programs
 from longctx_jax.training.plan import make_plan
 from tests.accounting.test_flops import count_dots
-from tests.laws.cases import BATCH, CASES, SEQ, build
+from tests.laws.cases import BATCH, CASES, SEQ, build, over_mixers
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -19,7 +19,7 @@ def test_cache_bytes_are_those_of_the_arrays(name):
     assert sum(caches.cache_terms(model, BATCH, 7).values()) == caches.cache_bytes(model, BATCH, 7)
 
 
-@pytest.mark.parametrize("name", CASES)
+@over_mixers
 def test_flops_are_about_those_of_the_program(name):
     """Formulas of single mixers are exact for their plain forms: tests/accounting/test_flops.py."""
     model = build(name)
@@ -30,14 +30,14 @@ def test_flops_are_about_those_of_the_program(name):
     assert 0.5 * dots < formula < 1.5 * dots
 
 
-@pytest.mark.parametrize("name", CASES)
+@over_mixers
 def test_programs_have_a_prediction(name):
     for program in programs.PROGRAMS:
         plan, terms = programs.predicted(build(name), program, batch_size=2, max_len=8)
         assert plan["peak"] > plan["temporaries"] == sum(terms.values()) > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@over_mixers
 def test_every_matrix_of_a_mixer_is_spread_over_a_mesh(name):
     """Two by four devices: each matrix of the mixer lies on more than one, as its rules say."""
     config = base.get_config()
