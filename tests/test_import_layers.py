@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def layer_of(path):
     return parts[1].removesuffix(".py")
 
 
+@functools.cache
 def imported(path):
     """Returns every module a file imports, wherever in the file; `from a import b` as "a.b"."""
     found = set()
@@ -170,6 +172,7 @@ MODULES = {dotted(path): path for path in SOURCES}
 LOADERS = {"import_module", "leaf", "leaf_unsupported"}  # functions that load what a string names
 
 
+@functools.cache
 def loaded_by_string(path):
     """Returns the modules of this project that a file names in strings and loads by them."""
     tree = ast.parse(path.read_text())

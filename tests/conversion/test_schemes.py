@@ -113,7 +113,7 @@ def test_a_memory_starts_without_effect():
     assert_close(logits[1], logits[0], rel_rms=1e-6)
 
 
-@pytest.mark.parametrize("position", ["rotary", "none"])
+@pytest.mark.parametrize("position", ["rotary", pytest.param("none", marks=pytest.mark.slow)])
 def test_one_layer_of_a_transformer_is_one_of_inattention(position):
     """Keys and values of the first layer come from embeddings in both; the norm is the gain."""
     changes = {"n_layers": 1, "softmax.position": position}

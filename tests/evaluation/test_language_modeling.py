@@ -17,7 +17,10 @@ from tests.tiny import tiny_config
 TEXT = (b"def f(x):\n    return x + 1\n", b"import os\nprint(os.sep)\n")
 
 
-@pytest.fixture(scope="module", params=["transformer", "decay"])
+FAMILIES = ["transformer", pytest.param("decay", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def model_and_variables(request):
     model = build_model(tiny_config(model__name=request.param).model)
     return model, model.init(jax.random.key(0))

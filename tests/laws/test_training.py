@@ -8,7 +8,7 @@ from longctx_jax.runs.train import train_data
 from longctx_jax.training import loop
 from longctx_jax.training.checkpoint import Checkpointer
 from tests.laws import mesh
-from tests.laws.cases import CASES, MIXERS, config_of, laws
+from tests.laws.cases import CASES, MIXERS, config_of
 
 
 def train(workdir, name, n_steps):
@@ -26,7 +26,8 @@ def arrays_of(workdir):
     return saved.steps()[-1], leaves
 
 
-@pytest.mark.parametrize("name", laws(fast=("running_mean-mean",)))  # the loop has its own
+@pytest.mark.slow  # the loop has its own fast one
+@pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_is_the_undisturbed_one(name, tmp_path):
     train(tmp_path / "whole", name, 4)
     train(tmp_path / "cut", name, 2)

@@ -11,7 +11,6 @@ from tests.models.recorded import CASES, FILE, record
 from tests.models.tiny_models import TINY
 
 RECORDED = json.loads(FILE.read_text())
-FAST = ("decay",)
 REMEDY = "python -m tests.models.recorded writes them anew, if that was intended"
 
 
@@ -25,10 +24,8 @@ def test_parameter_trees_are_as_recorded(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_updates_are_as_recorded(name):
     found, expected = record(name), RECORDED[name]
     assert found["parameter_norm"] == pytest.approx(expected["parameter_norm"], rel=1e-5), REMEDY

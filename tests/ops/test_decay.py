@@ -33,10 +33,6 @@ SHAPES = {
 LOG_DECAYS = np.array([np.log(0.9), np.log(0.5), 0.0, -np.inf])
 MAIN = ("two_pass", "chunked")  # one of each way to differentiate; the others are mostly slow
 HAVE_CHUNKS = (*MAIN, "block", "prefix", "recursion")
-FAST = {
-    "two_pass": ("one_token", "chunk_minus_1", "chunks_of_1", "chunk_over_seq"),
-    "chunked": ("one_token", "chunk_plus_1"),
-}
 
 
 def case(form, *rest, is_fast):
@@ -46,11 +42,11 @@ def case(form, *rest, is_fast):
 
 
 CASES = [
-    case(form, shape, per_token, is_fast=shape == "chunks_of_3" or is_main and not per_token)
+    case(form, shape, per_token, is_fast=is_fast)
     for form in FORMS
     for shape in SHAPES
     for per_token in ("constant", "per_token")
-    for is_main in [shape in FAST.get(form, ())]
+    for is_fast in [shape == "chunks_of_3" and (form in MAIN or per_token == "per_token")]
     if form in HAVE_CHUNKS or not shape.startswith("chunks_of_1")
 ]
 MOSTLY_SLOW = [case(form, is_fast=form in MAIN) for form in FORMS]
@@ -235,7 +231,7 @@ HEADS = {"grouped_query": (4, 2, 2, 4), "state_space": (1, 1, 4, 4), "two_decays
 @pytest.mark.parametrize(
     ("heads", "kind"),
     [
-        case(heads, kind, is_fast=kind == "per_token" or heads == "state_space")
+        case(heads, kind, is_fast=heads == "state_space")
         for heads in HEADS
         for kind in ("constant", "per_token")
     ],
@@ -275,6 +271,7 @@ def test_strong_decays_cost_the_next_ones_no_digits():
     assert_close(actual[0][:, 40:], expected[0][:, 40:], rel_rms=TOLERANCE["float32"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [

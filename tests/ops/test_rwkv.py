@@ -177,6 +177,7 @@ def test_equals_the_definition_in_float64(op, form, seq, has_resets):
     assert_trees_close(gradients, expected(op, seq, has_resets)[1], rel_rms=FLOAT64_GRADIENT)
 
 
+@pytest.mark.slow
 @each_op
 @mostly_chunked
 def test_equals_the_definition_in_float32(op, form):
@@ -188,6 +189,7 @@ def test_equals_the_definition_in_float32(op, form):
     assert_trees_close(gradients, expected(op, 11, True)[1], rel_rms=FLOAT32_GRADIENT)
 
 
+@pytest.mark.slow
 @each_op
 @mostly_chunked
 @pytest.mark.parametrize("cut", [1, pytest.param(6, marks=pytest.mark.slow)])

@@ -35,6 +35,7 @@ def same(left, right):
     return left.keys() == right.keys() and all(np.array_equal(left[n], right[n]) for n in left)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_run_and_comes_back(converted, tmp_path):
     run, text = converted
     assert text.splitlines()[0] == f"wrote {run}: 3,976 parameters in 20 tensors, step 0"

@@ -124,6 +124,7 @@ def test_metrics_of_the_codebook():
     assert 0 < metrics["vq_relative_error"] < 2 and metrics["vq_commitment"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_microbatches", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_gradient_accumulation_is_one_update(n_microbatches):
     model, tx, state = start()
