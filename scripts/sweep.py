@@ -18,7 +18,7 @@ from absl import flags
 from longctx_jax import run_files
 from longctx_jax.training import launch as launchers
 from longctx_jax.training import sweep as sweeps
-from scripts import common
+from scripts import common, overrides
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file: BASE and get_sweep().", required=True)
 _WORKDIR = common.workdir_flag("Folder of the sweep; every run gets a sub-folder.")
@@ -95,7 +95,7 @@ def check_fields(runs: Sequence[sweeps.Run], base: str) -> None:
         for part in run.command:
             if part.startswith("--config."):
                 field, _, value = part.removeprefix("--config.").partition("=")
-                problem = common.override_problem(config, field, value)
+                problem = overrides.override_problem(config, field, value)
                 if problem:
                     raise ValueError(problem)
 

@@ -235,6 +235,11 @@ def test_circles_are_found():
     assert circles({1: {2}, 2: {3}, 3: set()}) == []
 
 
+def test_no_file_is_longer_than_400_lines():
+    lengths = {str(p.relative_to(PROJECT)): p.read_text().count("\n") for p in SOURCES}
+    assert {path: n for path, n in lengths.items() if n > 400} == {}
+
+
 def test_kernels_are_loaded_by_the_dispatchers_of_their_ops_alone():
     kernels = {path for path in SOURCES if path.name.startswith("pallas_")}
     for path in set(SOURCES) - kernels:

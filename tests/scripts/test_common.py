@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from configs import base
-from scripts import common
+from scripts import common, overrides
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent.parent
 SCRIPT = """
@@ -122,5 +122,5 @@ def test_override_problem_accepts_what_the_parser_accepts():
         ("model.pattern", "('decay',)"),
         ("data.data_dir", ""),
     ]:
-        assert common.override_problem(config, field, value) == ""
-    assert "is a value" in common.override_problem(config, "train.n_steps.x", "1")
+        assert overrides.override_problem(config, field, value) == ""
+    assert "is a value" in overrides.override_problem(config, "train.n_steps.x", "1")
