@@ -46,4 +46,5 @@ def losses():
 @pytest.mark.parametrize("name", CASES)
 def test_eight_devices_train_as_one(name, spread, losses):
     alone, together = (losses[n][f"{name} {spread}"] for n in (1, 8))
-    assert together == pytest.approx(alone, rel=1e-10), name  # float64
+    # Activations are float64, parameters and updates float32, summed in another order: seen 9e-10.
+    assert together == pytest.approx(alone, rel=1e-8), name
