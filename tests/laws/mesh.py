@@ -10,9 +10,11 @@ import sys
 import tempfile
 
 import jax
+import jax.numpy as jnp
 
 from longctx_jax import data
 from longctx_jax.models import build_model
+from longctx_jax.models.decoder import Decoder
 from longctx_jax.runs.train import train_data
 from longctx_jax.training.loop import train
 from longctx_jax.training.metrics import read_records
@@ -36,6 +38,14 @@ def run_all(names, n_devices):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Float64(Decoder):
+    """A model of float64 weights: float32 ones would be rounded to others by a sum's order."""
+
+    def init(self, key):
+        fresh = super().init(key)
+        return {**fresh, "params": jax.tree.map(jnp.float64, fresh["params"])}
+
+
 def run_case(name, spread):
     """Returns the losses of three updates."""
     config = config_of(name, train__n_steps=3, data__global_batch_size=8)
@@ -43,7 +53,7 @@ def run_case(name, spread):
     if jax.device_count() > 1:
         config.mesh.update(MESHES[spread])
     placement = place(config)
-    model = placement.model(build_model(config.model, MIXERS))
+    model = Float64(placement.model(build_model(config.model, MIXERS)).config)
     rows = placement.local_rows(config.data.global_batch_size)
     of_config = train_data(config, data.load_source(config.data), rows)
     with tempfile.TemporaryDirectory() as folder:

@@ -46,5 +46,4 @@ def losses():
 @pytest.mark.parametrize("name", CASES)
 def test_eight_devices_train_as_one(name, spread, losses):
     alone, together = (losses[n][f"{name} {spread}"] for n in (1, 8))
-    # Activations are float64, parameters and updates float32, summed in another order: seen 9e-10.
-    assert together == pytest.approx(alone, rel=1e-8), name
+    assert together == pytest.approx(alone, rel=1e-12), name  # float64: seen 1e-15

@@ -150,14 +150,14 @@ def test_decay_parameters(changes, extra):
 
 def test_log_decays():
     heads = np.arange(4)
-    assert_close(log_decays("retnet", 4), np.log(1 - 2.0 ** (-5.0 - heads)), rel_rms=1e-6)
+    assert_close(log_decays("retnet", 4), np.log(1 - 2.0 ** (-5.0 - heads)), rel_rms=1e-14)
     assert_close(log_decays("learned", 4), np.log(1 - 2.0 ** (-5.0 - heads)), rel_rms=1e-6)
     assert_close(
         log_decays("lightning", 4), [-(2.0**-2), -(2.0**-4), -(2.0**-6), -(2.0**-8)], rel_rms=1e-6
     )
     assert np.array_equal(log_decays("transnormer", 4), -8 * heads / 4)
     assert np.array_equal(log_decays("none", 4), np.zeros(4))
-    assert all(log_decays(kind, 4).dtype == np.float32 for kind in ("retnet", "lightning", "none"))
+    assert all(log_decays(kind, 4).dtype == np.float64 for kind in ("retnet", "lightning", "none"))
 
 
 def test_decays_of_transnormer_fall_with_depth():

@@ -72,7 +72,7 @@ def make_inputs(facts: Facts, n_sets: int, seed: int = 0) -> Inputs:
     The decay is RetNet's of each head, or log sigmoid of normal numbers around 4 of each token.
     """
     shape = (facts.batch, facts.seq, facts.heads)
-    decay = jnp.asarray(log_decays("retnet", facts.heads))
+    decay = jnp.asarray(log_decays("retnet", facts.heads), jnp.float32)
 
     @jax.jit
     def make(key):

@@ -104,29 +104,29 @@ class DecayCache:
 
 
 def log_decays(kind: str, n_heads: int) -> np.ndarray:
-    """Returns the log decay of each head, float32 [heads].
+    """Returns the log decay of each head, float64 [heads].
 
     "retnet": log(1 - 2^(-5-h)); "lightning": -2^(-8(h+1)/H), the ALiBi slopes; "transnormer":
     -8h/H, so head 0 never forgets; "none": 0. "learned" and "gated" start from "retnet".
     """
     head = np.arange(n_heads)
     if kind == "lightning":
-        return -(2.0 ** (-8.0 * (head + 1) / n_heads)).astype(np.float32)
+        return -(2.0 ** (-8.0 * (head + 1) / n_heads))
     if kind == "transnormer":
-        return (-8.0 * head / n_heads).astype(np.float32)
+        return -8.0 * head / n_heads
     if kind == "none":
-        return np.zeros(n_heads, np.float32)
-    return np.log1p(-(2.0 ** (-5.0 - head))).astype(np.float32)
+        return np.zeros(n_heads)
+    return np.log1p(-(2.0 ** (-5.0 - head)))
 
 
 def log_decays_by_layer(kind: str, depth: str, n_layers: int, n_heads: int) -> np.ndarray:
-    """Returns `log_decays` of every layer, float32 [layers, heads].
+    """Returns `log_decays` of every layer, float64 [layers, heads].
 
     Depth "constant": the same in all. "linear": times 1 - l/L, so that deeper layers forget less
     (TransNormerLLM; MiniMax-01).
     """
     factor = np.ones(n_layers) if depth == "constant" else 1 - np.arange(n_layers) / n_layers
-    return np.outer(factor, log_decays(kind, n_heads)).astype(np.float32)
+    return np.outer(factor, log_decays(kind, n_heads))
 
 
 class DecayAttention(nn.Module):
@@ -212,22 +212,22 @@ class DecayAttention(nn.Module):
         return y, dataclasses.replace(cache, history=history, history_documents=indices)
 
     def _log_decay(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
-        """Returns the log decays, float32: [heads], or [batch, seq, heads] if gated."""
+        """Returns the log decays, at least float32: [heads], or [batch, seq, heads] if gated."""
         sizes, config = self.sizes, self.config
         table = log_decays_by_layer(config.kind, config.depth, sizes.n_layers, sizes.n_heads)
-        start = jnp.asarray(table)[layer]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        if config.kind not in ("learned", "gated"):
+            return jnp.asarray(table, wide)[layer]
+        start = jnp.asarray(table, jnp.float32)[layer]  # parameters are float32
         if config.kind == "learned":
             # log decay = -softplus(rate) stays <= 0 whatever the optimizer does.
             rate = self.param("decay_rate", lambda key: jnp.log(jnp.expm1(-start)))
-            return -jax.nn.softplus(rate)
-        if config.kind == "gated":
-            # The bias starts every head at its constant decay: sigmoid(b) = exp(start * 16).
-            open_at = GATE_TEMPERATURE * start
-            bias = self.param("decay_bias", lambda key: open_at - jnp.log(-jnp.expm1(open_at)))
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            logits = dense(sizes.n_heads, str(wide), "decay_gate")(x.astype(wide)) + bias
-            return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
-        return start
+            return -jax.nn.softplus(rate.astype(wide))
+        # The bias starts every head at its constant decay: sigmoid(b) = exp(start * 16).
+        open_at = GATE_TEMPERATURE * start
+        bias = self.param("decay_bias", lambda key: open_at - jnp.log(-jnp.expm1(open_at)))
+        logits = dense(sizes.n_heads, str(wide), "decay_gate")(x.astype(wide)) + bias
+        return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
 
     def init_cache(self, batch_size: int, max_len: int) -> DecayCache:
         """Returns an empty state, 4 n_heads d_key d_value bytes a row; max_len does not matter.
