@@ -23,7 +23,7 @@ def draw_accounting(rows: Rows) -> Figure:
     setting = max(settings, key=settings.count)
     loops = [row for row in loops if _setting(row) == setting]
     names = list(dict.fromkeys(row["name"] for row in loops))
-    height = 5.0 + style.legend_height(len(names), max(map(len, names)), 12)
+    height = 5.0 + style.legend_height(len(names) + 1, max(map(len, names)), 12)
     figure = style.new_figure(12, height)
     left, right = figure.subplots(1, 2)
     for number, name in enumerate(names):
@@ -37,7 +37,8 @@ def draw_accounting(rows: Rows) -> Figure:
         if measured:
             right.plot(*zip(*measured, strict=True), "x", color="k", markersize=4)
     for budget in {row["budget_bytes"] for row in rows if row["part"] == "contexts"}:
-        right.axhline(budget, color="0.5", linestyle=":", linewidth=1)
+        label = f"budget: {bytes_text(budget)}"
+        right.axhline(budget, color="0.5", linestyle=":", linewidth=1, label=label)
     peak = "peak of the loop over tokens"
     if any("compiled" in row for row in loops):
         peak += " (x: as compiled)"

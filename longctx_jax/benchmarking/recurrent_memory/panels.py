@@ -48,7 +48,7 @@ def _rest(rows: Rows, shape: str) -> Group:
         Lines("one diagonal", parts["groups"], "n_cells", "cell_ms", _name),
         Lines("bfloat16: the orders' drift", parts["drift"], "n_segments", "relative_error", _name),
     ]
-    return Group(lines, f"{shape}: a prefill in pieces, one diagonal, drift")
+    return Group(lines, f"other measurements, {shape}")
 
 
 def _name(row: Flat) -> str:
