@@ -73,7 +73,7 @@ def test_perplexity_per_word_is_the_published_one(scheme, kind, tmp_path):
     ("scheme", "batch_size", "seq_len"),
     [
         pytest.param("transformer", 2, 12, marks=pytest.mark.slow),
-        ("decay", 1, 7),
+        pytest.param("decay", 1, 7, marks=pytest.mark.slow),
         ("decay", 4, 30),
     ],
 )

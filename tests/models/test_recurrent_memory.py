@@ -113,7 +113,7 @@ def definition(model, variables, tokens):
 
 
 @in_float64
-@pytest.mark.parametrize("name", ("armt", pytest.param("layerwise", marks=pytest.mark.slow), "rmt"))
+@pytest.mark.parametrize("name", slow_but("rmt", ("armt", "layerwise", "rmt")))  # armt: a golden
 def test_logits_equal_the_definition(name):
     model, variables = make(name)
     logits = model.apply(variables, TOKENS).logits
@@ -149,7 +149,7 @@ def test_any_split_is_the_one_call(name, has_documents):
     model, variables = make(name)
     expected = one_call(name, has_documents)
     caches = []
-    for lengths in SPLITS[:2] if has_documents and name == "armt" else SPLITS:
+    for lengths in (((1,) * 6 + (8,)),) if has_documents and name == "armt" else SPLITS:
         documents = DOCUMENTS if has_documents else None
         logits, cache = in_calls(model, variables, lengths, documents)
         assert_close(logits, expected, rel_rms=1e-12)

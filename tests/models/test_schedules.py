@@ -160,9 +160,10 @@ def test_one_program_serves_every_number_of_segments(schedule):
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow  # those of a model are in tests/laws
 @pytest.mark.parametrize(
     ("pattern", "n_segments", "n_layers"),
-    [pytest.param(None, 3, 3, marks=pytest.mark.slow), (("cell", "other"), 2, 4)],
+    [(None, 3, 3), (("cell", "other"), 2, 4)],
     ids=str,
 )
 def test_gradients_are_equal(pattern, n_segments, n_layers):

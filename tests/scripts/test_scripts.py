@@ -89,14 +89,22 @@ def test_evaluate_ends_with_one_json_line(trained):
     assert result["perplexity_per_word"] > 1
 
 
-def test_generate_is_reproducible_and_takes_long_prompts(trained, tmp_path):
+def sampled_text(trained, tmp_path):
     long_prompt = tmp_path / "prompt.txt"
     long_prompt.write_text("import os\n" * 20)  # longer than the training window
     options = [f"--workdir={trained}", "--max_new_tokens=8", "--top_k=5", "--top_p=0.9"]
     options += ["--prompt=def caf\udce9", f"--prompt_file={long_prompt}"]
-    first = script("generate", *options, "--seed=1").stdout
-    assert "def " in first and first.count("import os") == 20
-    assert first == script("generate", *options, "--seed=1").stdout
+    return script("generate", *options, "--seed=1").stdout
+
+
+def test_generate_takes_bytes_and_long_prompts(trained, tmp_path):
+    text = sampled_text(trained, tmp_path)
+    assert "def " in text and text.count("import os") == 20
+
+
+@pytest.mark.slow
+def test_generate_is_reproducible(trained, tmp_path):
+    assert sampled_text(trained, tmp_path) == sampled_text(trained, tmp_path)
 
 
 def test_plot_draws_the_curves(trained, tmp_path):
