@@ -91,13 +91,18 @@ def model_config() -> ml_collections.ConfigDict:
     # retnet: 1-2^(-5-h) | lightning: exp(-2^(-8(h+1)/H)) | transnormer: exp(-8h/H) | none: 1
     # learned: a parameter a head | gated: a function of the token, sigmoid(x W + b)^(1/16)
     c.decay.kind = "retnet"
-    c.decay.depth = "constant"  # log decay by layer: constant | linear (times 1 - l/L)
+    # log decay by layer: constant | linear: times 1 - l/L | minimax: times 1 - l/(L - 1), about
+    c.decay.depth = "constant"
     c.decay.chunk_len = 64  # tokens a chunk of the forms that have chunks and are no kernels
     c.decay.position = "rotary"  # rotary | none
     c.decay.rope_theta = 10_000.0
     c.decay.feature_map = "none"  # of query and key: none | silu | elu (elu + 1)
-    c.decay.gate = "silu"  # multiplies the normalised output by silu(x W): silu | sigmoid | none
-    c.decay.head_norm = "rms"  # of each head's output: rms | layer | plain_rms (no scale)
+    c.decay.value_map = "none"  # of values: the same choices
+    # multiplies the normalised output by silu(x W): silu | sigmoid | linear (x W) | none
+    c.decay.gate = "silu"
+    c.decay.head_norm = "rms"  # of the heads' output: rms | layer | plain_rms (no scale)
+    c.decay.norm_span = "head"  # head: each by itself | all: all heads at once
+    c.decay.scale_query = True  # divide queries by sqrt(d_key)
     c.decay.conv_len = 0  # tokens that a short convolution mixes before the projections; 0 = none
     # auto | pallas_triton | pallas_mosaic_gpu | two_pass | chunked | block | prefix | quadratic |
     # recurrent | causal_dot_product | recursion | fleet | reference
@@ -137,6 +142,9 @@ def model_config() -> ml_collections.ConfigDict:
     c.mamba.conv_len = 4  # tokens that the convolution mixes; 1 = the current one alone
     c.mamba.head_len = 64  # 2: channels a head
     c.mamba.n_groups = 1  # 2: of heads that share input and output weights
+    c.mamba.norm_before_gate = False  # 2: norm(y) * gate; False = norm(y * gate)
+    c.mamba.min_step = 0.0  # 2: step sizes are at least it
+    c.mamba.max_step = 0.0  # 2: and at most it; 0 = no bound
     c.mamba.step_rank = 0  # 1: of the projection to the step sizes; 0 = d_model / 16, rounded up
     c.mamba.chunk_len = 64  # tokens a chunk of the forms that have chunks
     # 1: auto | serial | chunked | recurrent; 2: as decay.implementation

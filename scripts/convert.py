@@ -28,6 +28,9 @@ PATH = flags.DEFINE_string("path", "", "Checkpoint folder, to read or to write."
 WORKDIR = common.workdir_flag("Folder of the run: to write, or with --to=hf_llama to read.")
 STEP = flags.DEFINE_integer("step", -1, "Checkpoint of the run that is read; -1 = the newest.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of exported tensors.")
+IGNORE_FIELDS = flags.DEFINE_list(
+    "ignore_fields", [], "Unknown fields of config.json that change no number, to go on without."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the weights of a scheme that have no counterpart.")
 
 
@@ -64,7 +67,8 @@ def read_hf_llama(folder: pathlib.Path, workdir: pathlib.Path) -> None:
         raise FileNotFoundError(
             f"--path must be a checkpoint folder: {folder} does not exist; download it first"
         )
-    fields = hf_config.model_fields(files.read_json(folder / "config.json"))
+    given = files.read_json(folder / "config.json")
+    fields = hf_config.model_fields(given, IGNORE_FIELDS.value)
     found = files.find_tensors(folder)
     hf_llama.require_layers(fields["n_layers"], len(found))
     config, overrides = CONFIG.value, _overrides()

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     import jax
 
     from longctx_jax import data
-    from longctx_jax.decoding import generate
+    from longctx_jax.decoding import NonFiniteLogitsError, generate
     from longctx_jax.decoding.sampling import Sampling
     from longctx_jax.runs.evaluate import eval_cache_len
 
@@ -48,15 +48,18 @@ def main(arguments: list[str]) -> None:
     run = common.restore_run(WORKDIR.value, STEP.value)
     tokenizer = data.build_tokenizer(run.config.data.tokenizer, run.config.data.data_dir)
     start = time.monotonic()
-    tokens = generate(
-        run.model,
-        run.variables,
-        [data.prompt_ids(tokenizer, text) for text in texts],
-        max_new_tokens=MAX_NEW_TOKENS.value,
-        key=jax.random.key(SEED.value),
-        sampling=sampling,
-        cache_len=CACHE_LEN.value or eval_cache_len(run.config),
-    )
+    try:
+        tokens = generate(
+            run.model,
+            run.variables,
+            [data.prompt_ids(tokenizer, text) for text in texts],
+            max_new_tokens=MAX_NEW_TOKENS.value,
+            key=jax.random.key(SEED.value),
+            sampling=sampling,
+            cache_len=CACHE_LEN.value or eval_cache_len(run.config),
+        )
+    except NonFiniteLogitsError as error:
+        raise common.UsageError(f"step {run.step} of {WORKDIR.value}: {error}") from error
     seconds = time.monotonic() - start
     for text, row in zip(texts, tokens, strict=True):
         if len(texts) > 1:

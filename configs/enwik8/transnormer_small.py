@@ -1,6 +1,7 @@
 """TransNormerLLM's attention on enwik8: decay_small.py with rates that fall with depth.
 
-Silu features instead of rotations, a sigmoid gate, a norm without scale.
+Silu features instead of rotations, a gate without activation, one norm without scale over all
+heads.
 """
 
 import ml_collections
@@ -15,6 +16,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.decay.depth = "linear"
     config.model.decay.position = "none"
     config.model.decay.feature_map = "silu"
-    config.model.decay.gate = "sigmoid"
+    config.model.decay.gate = "linear"
     config.model.decay.head_norm = "plain_rms"
+    config.model.decay.norm_span = "all"
+    config.model.decay.scale_query = False
     return config

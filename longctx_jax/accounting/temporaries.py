@@ -31,7 +31,7 @@ from longctx_jax.nn.contract import Call
 from longctx_jax.nn.costs import SCORE_COPIES
 from longctx_jax.nn.inattention.forms import TILE_LEN
 from longctx_jax.nn.kv_cache import KVCache
-from longctx_jax.ops.attention import DENSE_MAX_SCORES
+from longctx_jax.ops.attention import prefers_dense
 
 PROGRAMS = ("prefill", "step", "loop")
 RESLICED = 1.5  # of a layer's cache: taken out of the stack, and its keys laid out anew
@@ -150,7 +150,9 @@ def _layer_cache(config: ModelConfig, cache: int, lent: int, seq_len: int, max_l
     """Returns the bytes of all repeats' caches while the model is at work on them."""
     resliced, of_lent = RESLICED, 1.0 if seq_len == 1 else RESLICED
     capacity = max((_ring_len(config, kind, max_len) for kind in config.pattern), default=0)
-    if seq_len > 1 and min(seq_len, capacity - 1) * capacity > DENSE_MAX_SCORES:
+    widths = config.d_key + config.d_value
+    sizes = (min(seq_len, capacity - 1), capacity, config.n_heads, config.n_kv_heads, widths)
+    if seq_len > 1 and not prefers_dense(*sizes):
         resliced, of_lent = 2 * RESLICED, 1.5 * RESLICED
     return int(resliced * (cache - lent) + of_lent * lent)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.benchmarking.timing import Case
+from longctx_jax.decoding import cast_weights
 from longctx_jax.decoding.greedy import prefill, token_loop
 from longctx_jax.models.decoder import Decoder
 
@@ -32,7 +33,8 @@ def prefill_case(
         del last
         shape = (batch_size, context_len)
         tokens = rng.integers(0, model.config.vocab_size, shape, np.int32)
-        return variables(), jnp.asarray(tokens), model.init_cache(batch_size, context_len + n_new)
+        weights = cast_weights(model, variables())  # as generate does, once
+        return weights, jnp.asarray(tokens), model.init_cache(batch_size, context_len + n_new)
 
     return Case(jax.jit(functools.partial(prefill, model.exact), donate_argnums=2), make_inputs)
 

@@ -1,12 +1,14 @@
 """`config.json` of a LLaMA-family checkpoint and the fields of `config.model`, both ways.
 
-Families: "llama", "mistral", "qwen3". Only what both sides compute alike is mapped; everything else
-is refused by name. Fields that the reference implementation of a family ignores are ignored here.
+Families: "llama", "mistral", "qwen3". Every field is mapped as the reference implementation reads
+it, known to change no number there (`HARMLESS`), or refused by name: a field that nobody has looked
+at may be the one that makes other logits.
 
 Source: transformers 5.23, models/{llama,mistral,qwen3} and modeling_rope_utils.py.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from longctx_jax.models.config import ModelConfig
@@ -18,19 +20,54 @@ FAMILIES = {
 }
 KIND_OF_LAYER = {"full_attention": "softmax", "sliding_attention": "sliding"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-ROPE_THETA = 10_000.0  # where config.json has none
+ROPE_THETA = 10_000.0  # where config.json has none, like those below
+WINDOW_LEN = 4096
+SILU = ("silu", "swish")  # one function
+_MAPPED = """
+    model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size
+    num_key_value_heads head_dim rms_norm_eps tie_word_embeddings hidden_act attention_bias mlp_bias
+    sliding_window use_sliding_window max_window_layers layer_types rope_theta rope_scaling
+    rope_parameters max_position_embeddings original_max_position_embeddings partial_rotary_factor
+    quantization_config bos_token_id eos_token_id
+"""
+_MAPPED_ROPE = """
+    rope_type type rope_theta factor original_max_position_embeddings low_freq_factor
+    high_freq_factor beta_slow beta_fast attention_factor mscale mscale_all_dim truncate
+    partial_rotary_factor
+"""
+# Of storage, initialisation, training, or of how tokens are drawn: no logit depends on them. Names
+# that begin with "_" are the library's own notes.
+_HARMLESS = """
+    architectures torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp
+    attention_dropout hidden_dropout resid_pdrop embd_pdrop name_or_path pad_token_id sep_token_id
+    unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
+    torchscript tf_legacy_loss use_bfloat16 pruned_heads finetuning_task task_specific_params
+    id2label label2id num_labels problem_type is_decoder is_encoder_decoder tie_encoder_decoder
+    add_cross_attention cross_attention_hidden_size chunk_size_feed_forward prefix
+    gradient_checkpointing cache_implementation do_sample temperature top_k top_p typical_p
+    min_length max_length max_new_tokens num_beams num_beam_groups num_return_sequences
+    early_stopping diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens
+    exponential_decay_length_penalty remove_invalid_values max_sequence_length
+    neftune_noise_alpha
+"""
+MAPPED, MAPPED_ROPE, HARMLESS = (
+    frozenset(names.split()) for names in (_MAPPED, _MAPPED_ROPE, _HARMLESS)
+)
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 10_000  # each is listed before the tensors are counted
 
 
-def model_fields(given: dict[str, Any]) -> dict[str, Any]:
+def model_fields(given: dict[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
     """Returns the fields of `config.model`, nested as there, that compute what `given` describes.
 
     Args:
         given: content of config.json.
+        ignored: unknown fields that the caller knows to change nothing.
 
     Raises:
-        ValueError: a field that is missing, impossible, or has no exact counterpart.
+        ValueError: a field that is missing, impossible, unknown, or has no exact counterpart.
     """
     family = given.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -38,13 +75,15 @@ def model_fields(given: dict[str, Any]) -> dict[str, Any]:
             f"config.json: model_type must be one of {list(FAMILIES)}: got {family!r:.200}; only "
             "these compute what our transformer does"
         )
-    _refuse_other_maths(given)
+    _refuse_unknown(given, MAPPED | HARMLESS | set(ignored), "")
+    _refuse_other_maths(given, family)
     n_layers = _size(given, "num_hidden_layers")
     if n_layers > MAX_LAYERS:
         raise _impossible("num_hidden_layers", n_layers, f"be at most {MAX_LAYERS}")
     n_heads = _size(given, "num_attention_heads")
     d_model = _size(given, "hidden_size")
-    if family == "llama" and given.get("num_key_value_heads") is None:
+    is_told = family == "llama" or "num_key_value_heads" in given  # the others' default is a number
+    if is_told and given.get("num_key_value_heads") is None:
         n_kv_heads = n_heads
     else:
         n_kv_heads = _size(given, "num_key_value_heads")
@@ -55,6 +94,7 @@ def model_fields(given: dict[str, Any]) -> dict[str, Any]:
     else:
         d_key = _size(given, "head_dim")
     kinds = _layer_kinds(given, family, n_layers)
+    _require_token_ids(given)
     attention = {"position": "rotary", "qk_norm": family == "qwen3", **_rope_fields(given)}
     fields = {
         "name": "transformer",
@@ -75,7 +115,7 @@ def model_fields(given: dict[str, Any]) -> dict[str, Any]:
         "softmax": attention,
     }
     if "sliding" in kinds:
-        fields["sliding"] = {**attention, "window_len": _size(given, "sliding_window")}
+        fields["sliding"] = {**attention, "window_len": _size(given, "sliding_window", WINDOW_LEN)}
     return fields
 
 
@@ -128,11 +168,34 @@ def hf_config(model: ModelConfig, *, context_len: int, dtype: str, **ids: int) -
     return config
 
 
-def _refuse_other_maths(given: dict[str, Any]) -> None:
-    for name in ("attention_bias", "mlp_bias"):
+def _refuse_unknown(given: dict[str, Any], known: Collection[str], where: str) -> None:
+    unknown = sorted(n for n in given if n not in known and not n.startswith("_"))
+    if unknown:
+        names = ", ".join(f"{where}{name}={given[name]!r:.80}" for name in unknown[:20])
+        raise ValueError(
+            f"config.json: {len(unknown)} fields are not known to change nothing: got {names}; if "
+            "the reference implementation of this family does not read them, name them in "
+            "--ignore_fields"
+        )
+
+
+def _require_token_ids(given: dict[str, Any]) -> None:
+    """Raises ValueError if a text begins or ends with an id that is no token's."""
+    vocab_size = _size(given, "vocab_size")
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = given.get(name)
+        for index in ids if isinstance(ids, list) else [ids]:
+            is_id = isinstance(index, int) and not isinstance(index, bool)
+            if index is not None and not (is_id and 0 <= index < vocab_size):
+                raise _impossible(name, index, f"be below vocab_size={vocab_size}")
+
+
+def _refuse_other_maths(given: dict[str, Any], family: str) -> None:
+    read = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+    for name in read.get(family, ()):  # the others have no bias whatever the file says
         if _switch(given, name):
             raise _unsupported(name, given[name], "our linear maps have no bias")
-    if given.get("hidden_act", "silu") != "silu":
+    if given.get("hidden_act", "silu") not in SILU:
         raise _unsupported("hidden_act", given["hidden_act"], "our gated MLP has silu")
     if given.get("quantization_config") is not None:
         method = given["quantization_config"]
@@ -145,12 +208,14 @@ def _refuse_other_maths(given: dict[str, Any]) -> None:
 
 def _layer_kinds(given: dict[str, Any], family: str, n_layers: int) -> list[str]:
     """Returns the mixer of each layer."""
-    if family == "mistral":
-        return ["softmax" if given.get("sliding_window") is None else "sliding"] * n_layers
     if family == "llama":
         return ["softmax"] * n_layers
-    has_window = _switch(given, "use_sliding_window") and given.get("sliding_window") is not None
+    has_window = given.get("sliding_window", WINDOW_LEN) is not None
+    if family == "qwen3":
+        has_window = has_window and _switch(given, "use_sliding_window")
     types = given.get("layer_types")
+    if types is None and family == "mistral":
+        return ["sliding" if has_window else "softmax"] * n_layers
     if types is None:
         first = _size(given, "max_window_layers", 28) if has_window else n_layers
         return ["softmax" if layer < first else "sliding" for layer in range(n_layers)]
@@ -160,7 +225,8 @@ def _layer_kinds(given: dict[str, Any], family: str, n_layers: int) -> list[str]
         if not isinstance(kind, str) or kind not in KIND_OF_LAYER:
             raise _unsupported("layer_types", kind, f"known are {list(KIND_OF_LAYER)}")
     if "sliding_attention" in types and not has_window:
-        raise _impossible("use_sliding_window", False, "be true where layer_types slide")
+        name = "use_sliding_window" if family == "qwen3" else "sliding_window"
+        raise _impossible(name, given.get(name), "give a window where layer_types slide")
     return [KIND_OF_LAYER[kind] for kind in types]
 
 
@@ -176,12 +242,16 @@ def _rope_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Returns the rope_ fields of config.model.softmax.
 
     Newer files have `rope_parameters` with the base in it, older ones `rope_theta` and, for longer
-    contexts, `rope_scaling`.
+    contexts, `rope_scaling`. Where there are both, the older name counts, whole.
     """
-    where = "rope_parameters" if given.get("rope_parameters") is not None else "rope_scaling"
+    where = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
     rope = given.get(where) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise _unsupported(where, rope, "we have one kind of rotation for all layers")
+    _refuse_unknown(rope, MAPPED_ROPE, f"{where}.")
+    if "factor" in rope and "rope_type" not in rope and "type" not in rope:
+        rule = f"say what its factor is of ({', '.join(ROPE_TYPES[1:])})"
+        raise _impossible(f"{where}.rope_type", None, rule)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise _unsupported(f"{where}.rope_type", kind, f"known are {list(ROPE_TYPES)}")
@@ -195,9 +265,12 @@ def _rope_fields(given: dict[str, Any]) -> dict[str, Any]:
     fields |= {"rope_scaling": kind, "rope_factor": _number(rope, "factor")}
     if kind == "linear":
         return fields
-    length = given if rope.get("original_max_position_embeddings") is None else rope
-    name = "max_position_embeddings" if length is given else "original_max_position_embeddings"
-    fields["rope_original_len"] = _size(length, name)
+    name = "original_max_position_embeddings"
+    places = [place for place in (given, rope) if place.get(name) is not None]
+    if places:  # the one beside the others counts before the one in the dict
+        fields["rope_original_len"] = _size(places[0], name)
+    else:
+        fields["rope_original_len"] = _size(given, "max_position_embeddings")
     if kind == "llama3":
         low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
         return fields | {"rope_low_turns": low, "rope_high_turns": high}
@@ -213,7 +286,12 @@ def _rope_fields(given: dict[str, Any]) -> dict[str, Any]:
 def _yarn_amplitude(rope: dict[str, Any], factor: float) -> float:
     """Returns config.model.softmax.rope_amplitude; 0 = what the factor gives."""
     if rope.get("attention_factor") is not None:
-        return _number(rope, "attention_factor")
+        amplitude = _number(rope, "attention_factor")
+        if not amplitude:
+            raise _impossible(
+                "attention_factor", amplitude, "be positive: scores are times its square"
+            )
+        return amplitude
     scales = [_number(rope, name, 0.0) for name in ("mscale", "mscale_all_dim")]
     if not all(scales):
         return 0.0

@@ -115,6 +115,9 @@ def require_tensors(model: Decoder, found: Mapping[str, TensorFile]) -> None:
 def to_params(model: Decoder, read: Callable[[str], np.ndarray]) -> PyTree:
     """Returns the parameters, float32, of tensors that `read` gives by name.
 
+    Raises:
+        ValueError: a tensor with numbers that are not finite.
+
     Cost: the parameters, and one tensor more, in memory.
     """
     params: dict[str, Any] = {}
@@ -122,6 +125,12 @@ def to_params(model: Decoder, read: Callable[[str], np.ndarray]) -> PyTree:
         array = np.empty(leaf.shape, np.float32)
         for place, name in enumerate(leaf.names):
             tensor = read(name)
+            if not np.all(np.isfinite(tensor)):
+                n_bad = np.count_nonzero(~np.isfinite(tensor))
+                raise ValueError(
+                    f"the weights must be finite: {name} has {n_bad} numbers that are NaN or "
+                    "infinite; download the checkpoint again, or convert an earlier one"
+                )
             array[place if leaf.is_stacked else ...] = tensor.T if leaf.is_transposed else tensor
         node = params
         for key in leaf.path[:-1]:

@@ -3,7 +3,8 @@
 Two kinds cover every text: byte-level ones (GPT-2, LLaMA 3, Qwen), whose pieces are bytes written
 as characters, and those with byte fallback (LLaMA 1 and 2, Mistral), which write a space as U+2581.
 What would change the text is taken out: a space before it, canonical composition (text that is not
-composed keeps its bytes), and special tokens, which no text contains. The tokens that begin and end
+composed keeps its bytes), and special tokens, which no text contains. So is what draws at random:
+dropout of merges. The tokens that begin and end
 a document are those of `tokenizer_config.json` beside the file. Not here: chat templates.
 
 Source: the file's description at huggingface.co/docs/tokenizers; characters of bytes: Radford et
@@ -190,7 +191,11 @@ def _exact(spec: dict[str, Any]) -> dict[str, Any]:
             step = {k: v for k, v in step.items() if k != "add_prefix_space"}
             step |= {"prepend_scheme": "never"}
         cutters.append(step)
+    model = spec["model"]
+    if model.get("dropout"):  # of merges, in training: a text would have other tokens each time
+        model = model | {"dropout": None}
     return spec | {
+        "model": model,
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cutters} if cutters else None,
         "post_processor": None,
@@ -203,7 +208,7 @@ def _ends(path: pathlib.Path, ids: dict[str, int]) -> tuple[int, int]:
     """Returns the ids of the separator, and of what begins a document.
 
     Raises:
-        ValueError: if no token ends a document.
+        ValueError: if no token ends a document, or a named one is not in the vocabulary.
     """
     config: dict[str, Any] = {}
     beside = path.with_name(CONFIG_FILE)
@@ -213,7 +218,14 @@ def _ends(path: pathlib.Path, ids: dict[str, int]) -> tuple[int, int]:
     def index_of(name: str) -> int:
         token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        return ids.get(token, -1) if isinstance(token, str) else -1
+        if token is None:
+            return -1
+        if not isinstance(token, str) or token not in ids:
+            raise ValueError(
+                f"{beside}: {name} must be a token of {path.name}: got {token!r:.100}, which has "
+                "no id there; name another one, or take the field out"
+            )
+        return ids[token]
 
     end = index_of("eos_token")
     if end < 0:

@@ -1,5 +1,6 @@
 """Sampling text from a model."""
 
-from longctx_jax.decoding.generate import generate
+from longctx_jax.decoding.generate import NonFiniteLogitsError, generate
+from longctx_jax.decoding.weights import cast_weights
 
-__all__ = ["generate"]
+__all__ = ["NonFiniteLogitsError", "cast_weights", "generate"]

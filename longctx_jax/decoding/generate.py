@@ -14,14 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx_jax.decoding.sampling import Sampling, sample
+from longctx_jax.decoding.weights import cast_weights
 from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.typing import PRNGKey, PyTree
+
+Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
+
+
+class NonFiniteLogitsError(ValueError):
+    """The model gave logits that no token can be drawn from."""
 
 
 def generate(
     model: Decoder,
     variables: dict[str, PyTree],
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     key: PRNGKey | None = None,
@@ -32,7 +39,7 @@ def generate(
     """Returns the continuation of each prompt, int32 [len(prompts), max_new_tokens].
 
     Args:
-        prompts: token ids, each at least one, of any lengths.
+        prompts: token ids, each at least one, of any lengths; or an array [rows, seq].
         max_new_tokens: tokens to draw.
         key: of the draws; None = jax.random.key(0). Row r's draws depend on the key and r only.
         sampling: how to draw; None = plain sampling at temperature 1.
@@ -40,23 +47,40 @@ def generate(
         prefill_len: tokens of the prompt processed at once, which bounds memory.
 
     Raises:
-        ValueError: an empty prompt, a token id outside the vocabulary, a bad count.
+        ValueError: an empty prompt, ids that are no integers or outside the vocabulary, a bad
+            count.
+        NonFiniteLogitsError: logits that are NaN, or all -inf, with the place of the first.
 
-    Cost: one pass over the prompt, then one step a token; memory of one cache. That once for each
-    remainder of the prompts' lengths by `memory.segment_len`, with segment-level recurrence.
+    Cost: one pass over the prompt, then one step a token; memory of one cache, and of the weights
+    once more in config.model.dtype if that is narrower than they are (`weights.py`). That once for
+    each remainder of the prompts' lengths by `memory.segment_len`, with segment-level recurrence.
     """
-    _check(model, prompts, max_new_tokens)
+    _check(model, prompts, max_new_tokens, prefill_len)
+    variables = cast_weights(model, variables)
     key = jax.random.key(0) if key is None else key
     sampling = sampling or Sampling()
     result = np.zeros((len(prompts), max_new_tokens), np.int32)
     for rows in _batches(model, [len(prompt) for prompt in prompts]):
-        batch = [prompts[row] for row in rows]
+        batch = [np.asarray(prompts[row]) for row in rows]
         logits, cache = _read(model, variables, batch, max_new_tokens, cache_len, prefill_len)
         numbers = jnp.asarray(rows, jnp.int32)
-        result[rows], _ = _decode(
+        tokens, is_finite, _ = _decode(
             model, sampling, max_new_tokens, variables, logits, cache, key, numbers
         )
+        _require_finite(np.asarray(is_finite), rows)
+        result[rows] = tokens
     return result
+
+
+def _require_finite(is_finite: np.ndarray, rows: list[int]) -> None:
+    """Raises NonFiniteLogitsError unless every draw [rows, tokens] was from finite logits."""
+    if not np.all(is_finite):
+        token = int(np.argmin(np.all(is_finite, axis=0)))
+        row = rows[int(np.argmin(is_finite[:, token]))]
+        raise NonFiniteLogitsError(
+            f"the logits of this model must be finite: got NaN or no finite one before new token "
+            f"{token} of prompt {row}; use an earlier checkpoint"
+        )
 
 
 def _batches(model: Decoder, lengths: Sequence[int]) -> list[list[int]]:
@@ -129,7 +153,8 @@ def _logits(model: Decoder, variables, hidden):
 def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits, cache, key, rows):
     """Draws n_tokens for each of `rows`, the numbers of the prompts; the last is not fed back.
 
-    Returns them and the cache, which is written where the old one lay.
+    Returns them, whether the logits they were drawn from were finite, both [rows, n_tokens], and
+    the cache, which is written where the old one lay.
     """
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
@@ -142,22 +167,38 @@ def _decode(model: Decoder, sampling: Sampling, n_tokens: int, variables, logits
         logits, cache = carry
         token = draw(logits, index)
         out = model.apply(variables, token[:, None], cache)
-        return (out.logits[:, 0].astype(jnp.float32), out.cache), token
+        return (out.logits[:, 0].astype(jnp.float32), out.cache), (token, is_finite(logits))
 
-    (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(n_tokens - 1))
-    last = draw(logits, n_tokens - 1)
-    return jnp.concatenate([tokens, last[None]], axis=0).T, cache
+    def is_finite(logits):  # NaN is the largest of numbers with a NaN
+        return jnp.isfinite(jnp.max(logits, axis=-1))
+
+    before, check = [], []
+    if n_tokens > 1:  # a loop of no step is refused without compilation
+        (logits, cache), (tokens, finite) = jax.lax.scan(
+            step, (logits, cache), jnp.arange(n_tokens - 1, dtype=jnp.int32)
+        )
+        before, check = [tokens], [finite]
+    tokens = jnp.concatenate([*before, draw(logits, n_tokens - 1)[None]], axis=0)
+    return tokens.T, jnp.concatenate([*check, is_finite(logits)[None]], axis=0).T, cache
 
 
-def _check(model: Decoder, prompts, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1: got {max_new_tokens}; ask for more")
-    if not prompts:
+def _check(model: Decoder, prompts: Prompts, max_new_tokens: int, prefill_len: int) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_len", prefill_len)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1: got {value}; ask for more")
+    if len(prompts) == 0:
         raise ValueError("prompts must not be empty: got none; give at least one")
     for row, prompt in enumerate(prompts):
         ids = np.asarray(prompt)
+        if ids.ndim != 1:
+            raise ValueError(
+                f"every prompt must be a list of token ids: prompt {row} has shape {ids.shape}; "
+                "put a single prompt in a list of its own"
+            )
         if ids.size == 0:
             raise ValueError(f"every prompt needs at least one token: prompt {row} is empty")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"token ids must be integers: prompt {row} has {ids.dtype}")
         if ids.min() < 0 or ids.max() >= model.config.vocab_size:
             bad = int(np.argmax((ids < 0) | (ids >= model.config.vocab_size)))
             raise ValueError(

@@ -1,11 +1,14 @@
 """From logits to a token: temperature, top-k, nucleus."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from longctx_jax.typing import Array, Float, Int, PRNGKey
+from longctx_jax.typing import Array, Bool, Float, Int, PRNGKey
+
+ROUNDING = 1e-6  # of sums of float32 probabilities: .5 + .3 reaches .8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +17,9 @@ class Sampling:
 
     Attributes:
         temperature: logits are divided by it; 0 = the most likely token.
-        top_k: keep the k most likely tokens; 0 = all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches p; 1 = all.
+        top_k: keep the k most likely tokens, of equal ones the lowest ids; 0 = all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches p, to the
+            rounding of float32; of equal ones the lowest ids; 1 = all.
     """
 
     temperature: float = 1.0
@@ -23,9 +27,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must not be negative: got {self.temperature}; 0 is greedy"
+                "temperature must be a number that is not negative: got "
+                f"{self.temperature}; 0 is greedy, 1 leaves the model's probabilities"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative: got {self.top_k}; 0 keeps all tokens")
@@ -43,16 +48,23 @@ def filter_logits(
     logits = logits.astype(jnp.float32) / max(sampling.temperature, 1e-6)
     vocab = logits.shape[-1]
     if 0 < sampling.top_k < vocab:
-        smallest = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        _, kept = jax.lax.top_k(logits, sampling.top_k)  # the lowest ids of a tie come first
+        logits = jnp.where(_is_among(kept, vocab), logits, -jnp.inf)
     if sampling.top_p < 1.0:
-        order = jnp.argsort(logits, axis=-1, descending=True)
+        order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
         probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
-        rank = jnp.argsort(order, axis=-1)
-        keep = jnp.take_along_axis(before < sampling.top_p, rank, axis=-1)
+        is_kept = before < sampling.top_p - ROUNDING
+        is_kept = is_kept.at[..., 0].set(True)
+        keep = jnp.take_along_axis(is_kept, jnp.argsort(order, axis=-1), axis=-1)
         logits = jnp.where(keep, logits, -jnp.inf)
     return logits
+
+
+def _is_among(ids: Int[Array, "batch k"], vocab: int) -> Bool[Array, "batch vocab"]:
+    """Returns which ids of the vocabulary are among those of the row."""
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros((ids.shape[0], vocab), bool).at[rows, ids].set(True)
 
 
 def sample(

@@ -20,7 +20,7 @@ from longctx_jax.data import RowBatches
 from longctx_jax.evaluation.recall import Place, evaluate_rows
 from longctx_jax.models.decoder import Decoder, ModelCache
 from longctx_jax.nn.partition import everywhere
-from longctx_jax.ops.losses import bits_per_byte, token_nll
+from longctx_jax.ops.losses import bits_per_byte, token_nll, weighted
 from longctx_jax.typing import PyTree
 
 Progress = Callable[[int, float], None]  # tokens done, seconds since the start
@@ -35,7 +35,7 @@ def eval_step(
     """Returns the weighted negative log-likelihoods, nats [rows, seq], and the next cache."""
     out = model.apply(variables, batch["tokens"], cache, segment_ids=batch["segment_ids"])
     assert out.cache is not None
-    nll = token_nll(out.logits, batch["targets"]) * batch["weights"]
+    nll = weighted(token_nll(out.logits, batch["targets"]), batch["weights"])
     return everywhere(nll), out.cache
 
 

@@ -141,7 +141,7 @@ def evaluate_rows(
         scored += score_answers(predicted, rows, batches.rows.task)
         weights = np.stack([weights_of(row) for row in rows])
         n_tokens += int(np.sum(weights))
-        nats += float(np.sum(np.asarray(nll, np.float64) * weights))
+        nats += float(np.sum(np.asarray(nll, np.float64), where=weights > 0))
         n_bytes_read += len(rows) * row_len
         if progress is not None:
             progress(n_bytes_read, time.monotonic() - start)

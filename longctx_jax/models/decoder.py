@@ -6,6 +6,7 @@ one call. A training window, a prefill segment and a decode step differ only in 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from longctx_jax.models.body import OUTPUTS, Body, Source, Wanted
+from longctx_jax.models.checks import require_call, require_precision
 from longctx_jax.models.config import ModelConfig
 from longctx_jax.models.families import body_of
 from longctx_jax.models.stack import call_module, has_state, is_random
-from longctx_jax.nn.contract import Aux, advance_documents
+from longctx_jax.nn.contract import NO_SEGMENT, Aux, advance_documents
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.norms import make_norm
 from longctx_jax.nn.partition import spread_tokens
+from longctx_jax.ops.quarantine import find_poison, is_bad
 from longctx_jax.typing import PRNGKey, PyTree
 
 
@@ -28,8 +31,10 @@ class ModelCache:
     """What a model remembers between calls."""
 
     layers: Any  # of the layers, leaves [layers, batch, ...], in lanes [rows, lanes, batch, ...]
-    last_segment_id: jax.Array  # int32 [batch]; -1 = no token with a segment id yet
-    document: jax.Array  # int32 [batch], number of the document the last token belongs to
+    last_segment_id: jax.Array  # int32 [batch]; NO_SEGMENT before any
+    # int32 [batch], number of the document the last token belongs to; -1 - number once it has had
+    # activations that are not finite: what continues it is NaN, and the next document is not
+    document: jax.Array
     carried: Any = ()  # what else goes from call to call in this family
     row_axis: int = flax.struct.field(pytree_node=False, default=1)  # of the batch, in layers
 
@@ -64,6 +69,7 @@ class Decoder:
     @functools.partial(jax.jit, static_argnums=0)
     def init(self, key: PRNGKey) -> dict[str, PyTree]:
         """Returns fresh variables, float32."""
+        require_precision(self.config.dtype)
         embed_key, stack_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
         hidden = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
@@ -139,10 +145,11 @@ class Decoder:
                 f"a cache needs at least one row and one token: got batch_size={batch_size}, "
                 f"max_len={max_len}; pass positive sizes"
             )
+        require_precision(self.config.dtype)
         layers, carried = self._body.init_cache(self.config, batch_size, max_len)
         return ModelCache(
             layers=layers,
-            last_segment_id=jnp.full((batch_size,), -1, jnp.int32),
+            last_segment_id=jnp.full((batch_size,), NO_SEGMENT, jnp.int32),
             document=jnp.zeros((batch_size,), jnp.int32),
             carried=carried,
             row_axis=self._body.row_axis(self.config),
@@ -163,14 +170,19 @@ class Decoder:
 
         Args:
             variables: as made by `init`.
-            tokens: int32 [batch, seq], any seq >= 1; row t's logits predict token t + 1.
-            cache: None = empty and not wanted back.
-            segment_ids: int32 [batch, seq], >= 0, the document of each token; a change between
-                neighbours (also across calls) starts a document, which sees nothing before it.
-                None = no boundary within this call.
+            tokens: integers [batch, seq], any seq >= 1; row t's logits predict token t + 1. An id
+                outside the vocabulary is embedded as NaN, and so are the logits that see it.
+            cache: of as many rows; None = empty and not wanted back.
+            segment_ids: integers [batch, seq], >= 0, the document of each token; a change between
+                neighbours (also across calls) starts a document, which sees nothing before it, not
+                even NaN. None = no boundary within this call.
             weights: float32 [batch, seq], what each token counts in aux, 0 for padding; None = 1.
             rngs: {"dropout": key}, needed when train and something is dropped at random.
             train: drop out, and report what training needs in aux.
+
+        Raises:
+            ValueError: tokens, cache, segment ids and weights that are not of the same rows; no
+                token; ids that are no integers; negative segment ids, where their values are known.
         """
         options = {"segment_ids": segment_ids, "weights": weights, "rngs": rngs, "train": train}
         out = self.hidden(variables, tokens, cache, **options)
@@ -182,8 +194,6 @@ class Decoder:
         )
         return DecoderOutput(logits, out.cache, out.aux)
 
-    # Compiled here so that eager callers compile once a shape; inside an outer jit it is inlined.
-    @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "outputs"))
     def hidden(
         self,
         variables: dict[str, PyTree],
@@ -213,18 +223,38 @@ class Decoder:
             raise ValueError(
                 f"outputs must be one of {OUTPUTS}, and 'all' with at: got {outputs!r}; change one"
             )
+        require_precision(self.config.dtype)
+        rows = None if cache is None else cache.last_segment_id.shape[0]
+        require_call(tokens, rows, segment_ids, weights)
+        return self._hidden(
+            variables, tokens, cache, segment_ids, weights, rngs, at, train=train, outputs=outputs
+        )
+
+    # Compiled here so that eager callers compile once a shape; inside an outer jit it is inlined.
+    @functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "outputs"))
+    def _hidden(
+        self, variables, tokens, cache, segment_ids, weights, rngs, at, *, train: bool, outputs: str
+    ) -> HiddenOutput:
+        """As `hidden`, of arguments that are checked."""
         params = variables["params"]
         key = self._dropout_key(rngs, train)
         batch, seq = tokens.shape
-        documents, before = None, None
+        documents, before, poison = None, None, None
+        is_broken = jnp.zeros((batch,), bool)
         if cache is not None or segment_ids is not None or weights is not None:
-            last = (jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
+            last = (jnp.full((batch,), NO_SEGMENT, jnp.int32), jnp.zeros((batch,), jnp.int32))
             if cache is not None:
-                last = (cache.last_segment_id, cache.document)
+                is_broken = cache.document < 0
+                number = jnp.where(is_broken, -1 - cache.document, cache.document)
+                last = (cache.last_segment_id, number)
                 before = (cache.layers, cache.carried)
             documents, last_id, document = advance_documents(segment_ids, *last, seq, weights)
 
         x = spread_tokens(call_module(self._embed, params["embed"], tokens))
+        if documents is not None:
+            past = jnp.where(is_broken, jnp.nan, 0.0)
+            poison = find_poison(is_bad(x), documents.reset, past[:, None])
+            x = poison.clean(x)
         if key is not None:
             x = self._drop_embedding(x, jax.random.fold_in(key, 0))
             key = jax.random.fold_in(key, 1)
@@ -237,17 +267,28 @@ class Decoder:
         norm = functools.partial(call_module, self._norm, params["norm"])
         options: dict[str, Any] = {"norm": norm, "key": key, "train": train}
         if self._body.picks_outputs:
-            embed = functools.partial(call_module, self._embed, params["embed"])
-            options |= {"source": Source(tokens, embed), "wanted": Wanted(outputs, at)}
+            options |= {
+                "source": Source(tokens, self._embedder(params)),
+                "wanted": Wanted(outputs, at),
+            }
         x, after, aux = self._body.apply(
             self.config, params, state["stack"], x, documents, before, **options
         )
+        # Layers that read embeddings alone pass nothing else on to later tokens.
+        is_broken = jnp.zeros((batch,), bool)
         if not self._body.picks_outputs:
-            n = {"all": seq, "last": 1, "none": 0}[outputs]
-            x = x[:, seq - n :] if at is None else x[:, at]
+            is_broken = ~jnp.all(jnp.isfinite(x[:, -1]), axis=-1)
+        n = {"all": seq, "last": 1, "none": 0}[outputs]
+        picked = slice(seq - n, seq) if at is None else at
+        if not self._body.picks_outputs:
+            x = x[:, picked]
+        if poison is not None:
+            is_broken |= poison.reached[:, -1]
+            x = jnp.where(poison.reached[:, picked, None], jnp.asarray(jnp.nan, x.dtype), x)
         if after is not None:
             layers, carried = after
             assert cache is not None
+            document = jnp.where(is_broken, -1 - document, document)
             cache = dataclasses.replace(
                 cache,
                 layers=layers,
@@ -261,6 +302,15 @@ class Decoder:
         """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""
         params = variables["params"]["embed"]
         return call_module(self._embed, params, method="unembedding")
+
+    def _embedder(self, params: PyTree) -> Callable[[jax.Array], jax.Array]:
+        """Returns ids -> embeddings as layers read them: 0 for what is no token."""
+
+        def embed(ids: jax.Array) -> jax.Array:
+            x = call_module(self._embed, params["embed"], ids)
+            return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+        return embed
 
     def _drop_embedding(self, x: jax.Array, key: PRNGKey) -> jax.Array:
         if self.config.embed_dropout == 0.0:

@@ -11,6 +11,7 @@ from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.dropout import drop
 from longctx_jax.nn.mlp import MLP
 from longctx_jax.nn.norms import EPS, make_norm
+from longctx_jax.ops.quarantine import find_poison, is_bad
 
 RECURRENT_MLPS = ("rwkv",)  # have a cache of their own
 
@@ -71,11 +72,17 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any, Aux]:
         """Maps (x [batch, seq, d_model], cache) to (y, cache, aux); dropout needs its rng.
 
-        `layer` is the block's place in the stack, int32; None = 0.
+        `layer` is the block's place in the stack, int32; None = 0. Tokens that are not finite are
+        kept from the caches, and from other documents.
         """
+        poison = None
+        # Where x is of some tokens only, the layers read embeddings, and no token another one's x.
+        if documents is not None and x.shape[1] == documents.index.shape[1]:
+            poison = find_poison(is_bad(x), documents.reset)
+            x = poison.clean(x)
         x, cache, aux = self.mix(x, cache, documents, layer=layer, train=train)
         x, cache = self.feed(x, cache, documents, layer=layer, train=train)
-        return x, cache, aux
+        return x if poison is None else poison.spread(x), cache, aux
 
     def mix(
         self,

@@ -13,6 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+# Of a stream that has had no segment id yet: no id that is >= 0, nor one a caller would take for
+# padding, so that a negative id that could not be refused (inside jit) is a document like others.
+NO_SEGMENT = -(2**31)
+
 
 class Documents(NamedTuple):
     """Which document each token of a call belongs to.
@@ -70,7 +74,7 @@ def advance_documents(
     Args:
         segment_ids: int32 [batch, seq]; a change from one token to the next starts a document.
             None = all tokens continue the document before them.
-        last_id: id of the last token seen, [batch]; negative = none yet.
+        last_id: id of the last token seen, int32 [batch]; NO_SEGMENT = none yet.
         last_index: its document's number, [batch].
         seq: tokens of the call.
         weights: what each token counts in aux, [batch, seq]; None = 1.
@@ -81,7 +85,8 @@ def advance_documents(
     if segment_ids is None:
         index = jnp.broadcast_to(last_index[:, None], (*last_index.shape, seq))
         return Documents(index, None, weights), last_id, last_index
-    before = jnp.where(last_id < 0, segment_ids[:, 0], last_id)
+    segment_ids = segment_ids.astype(jnp.int32)  # the cache keeps one dtype whatever is given
+    before = jnp.where(last_id == NO_SEGMENT, segment_ids[:, 0], last_id)
     previous = jnp.concatenate([before[:, None], segment_ids[:, :-1]], axis=1)
     reset = segment_ids != previous
     index = last_index[:, None] + jnp.cumsum(reset.astype(jnp.int32), axis=1)

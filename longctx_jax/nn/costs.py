@@ -5,7 +5,7 @@ is not model work and not counted.
 """
 
 from longctx_jax.nn.contract import Call, Sizes
-from longctx_jax.ops.attention import DENSE_MAX_SCORES, KEY_BLOCK_LEN
+from longctx_jax.ops.attention import KEY_BLOCK_LEN, prefers_dense
 
 SCORE_COPIES = 2  # of scores, float32: before and after the exponential
 
@@ -50,14 +50,15 @@ def mean_visible_keys(seq_len: int, n_past: int = 0, reach: int = 0) -> float:
 
 def ring_scores(sizes: Sizes, seq_len: int, ring_len: int) -> int:
     """Returns scores of the tokens among themselves, or onto the ring, whichever are more."""
-    own = 0 if seq_len == 1 else pairs_at_once(seq_len, seq_len)
+    own = 0 if seq_len == 1 else pairs_at_once(sizes, seq_len, seq_len)
     n_reaching = min(seq_len, max(1, ring_len - 1))
-    return SCORE_COPIES * sizes.n_heads * max(own, pairs_at_once(n_reaching, ring_len))
+    return SCORE_COPIES * sizes.n_heads * max(own, pairs_at_once(sizes, n_reaching, ring_len))
 
 
-def pairs_at_once(n_queries: int, n_keys: int) -> int:
+def pairs_at_once(sizes: Sizes, n_queries: int, n_keys: int) -> int:
     """Returns the pairs whose scores exist at once: all, or those of a block of keys."""
-    if n_queries * n_keys <= DENSE_MAX_SCORES:
+    heads, kv_heads, widths = sizes.n_heads, sizes.n_kv_heads, sizes.d_key + sizes.d_value
+    if prefers_dense(n_queries, n_keys, heads, kv_heads, widths):
         return n_queries * n_keys
     return n_queries * min(n_keys, KEY_BLOCK_LEN)
 

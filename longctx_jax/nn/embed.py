@@ -31,9 +31,11 @@ class Embed(nn.Module):
             self.output = self.param("output", init, shape, jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Returns the embeddings, [batch, seq] -> [batch, seq, d_model]."""
+        """Returns the embeddings, [batch, seq] -> [batch, seq, d_model]; NaN of no token's id."""
         table = everywhere(self.table)  # gathered once: rows would else be gathered a token
-        return (table[tokens] * self.scale).astype(self.dtype)
+        places = jnp.where(tokens < 0, self.vocab_size, tokens)  # else counted from the end
+        rows = table.at[places].get(mode="fill", fill_value=jnp.nan)
+        return (rows * self.scale).astype(self.dtype)
 
     def unembedding(self) -> jax.Array:
         """Returns the output matrix [d_model, vocab] in the dtype of matrix products."""

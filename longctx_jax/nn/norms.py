@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, over the last axis.
+    """x / sqrt(mean(x^2) + eps) * scale, over the last axis, or over n_groups equal parts of it.
 
     Source: Zhang & Sennrich (2019), arXiv 1910.07467.
     """
@@ -14,12 +14,16 @@ class RMSNorm(nn.Module):
     dtype: str = "float32"
     eps: float = 1e-6
     use_scale: bool = True
+    n_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises [..., width]; the result has the dtype of the module."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.n_groups > 1:
+            wide = wide.reshape(*x.shape[:-1], self.n_groups, -1)
         y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        y = y.reshape(x.shape)
         if self.use_scale:
             y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         return y.astype(self.dtype)

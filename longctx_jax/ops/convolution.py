@@ -8,9 +8,11 @@ The local mixing that linear recurrences are given in practice (Mamba: Gu & Dao 
 
 import jax.numpy as jnp
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.typing import Array, Float, Int
 
 
+@checked
 def short_convolution(
     x: Float[Array, "batch seq model"],
     kernel: Float[Array, "width model"],
@@ -31,6 +33,16 @@ def short_convolution(
     """
     batch, seq, model = x.shape
     past = kernel.shape[0] - 1
+    if history is not None and history.shape[1] != past:
+        raise ValueError(
+            f"short_convolution: history must be the {past} inputs before x, one fewer than the "
+            f"kernel has rows: got {history.shape[1]}; another number would shift time"
+        )
+    if history is not None and documents is not None and history_documents is None:
+        raise ValueError(
+            "short_convolution: documents need history_documents beside history: got None; pass "
+            "the documents of the inputs in history"
+        )
     if history is None:
         history = jnp.zeros((batch, past, model), x.dtype)
     padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.typing import Array, DType, Float, Int
 
 _RADIX = 256
@@ -96,6 +97,7 @@ def position_angles(
     return angles
 
 
+@checked
 def rotate(
     x: Float[Array, "batch seq heads key"],
     positions: Int[Array, "#batch seq"],
@@ -124,6 +126,7 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
+@checked
 def sinusoid(
     positions: Int[Array, "batch seq"],
     width: int,

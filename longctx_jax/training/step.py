@@ -129,8 +129,9 @@ def _loss_sum(
         model.unembedding(variables),
         targets,
         chunk_len=rules.chunk_len,
+        weights=weights,
     )
-    nll = jnp.sum(nll * weights)
+    nll = jnp.sum(nll)
     extra = sum((jnp.sum(loss) for loss in jax.tree.leaves(_losses(out.aux))), start=0.0)
     tokens = jnp.sum(weights)
     return nll + extra, (out.cache, {"nll": nll, "tokens": tokens, "aux": out.aux})
@@ -232,7 +233,8 @@ def _positions(aux: Any) -> list[Any]:
 
 
 def _named_metrics(sums: Sums) -> Metrics:
-    losses = {name: sum(x) / sums["tokens"] for name, x in _losses(sums["aux"]).items()}
+    n_tokens = jnp.where(sums["tokens"] > 0, sums["tokens"], 1.0)
+    losses = {name: sum(x) / n_tokens for name, x in _losses(sums["aux"]).items()}
     means: dict[str, Mean] = {}
     for one in _positions(sums["aux"]):
         for name, mean in one.metrics.items():

@@ -191,7 +191,7 @@ def test_layer_types_of_qwen3():
         fields_of("qwen3_mixed", layer_types=types[:1])
     with pytest.raises(ValueError, match=r"layer_types .*got 'chunked_attention'"):
         fields_of("qwen3_mixed", layer_types=["full_attention", "chunked_attention"])
-    with pytest.raises(ValueError, match="use_sliding_window must be true"):
+    with pytest.raises(ValueError, match="use_sliding_window must give a window"):
         fields_of("qwen3_mixed", use_sliding_window=False)
 
 
@@ -240,3 +240,13 @@ def test_what_cannot_be_exported_is_named(changes, match):
     model = build_model({"n_layers": 2, "d_model": 8, "n_heads": 2, **changes})
     with pytest.raises(ValueError, match=match):
         hf_config.hf_config(model.config, context_len=8, dtype="float32")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(bad):
+    model, _, tensors = load(GOLDEN / "tied_mha")
+    name = next(name for name in tensors if "down_proj" in name)
+    broken = {**tensors, name: tensors[name].copy()}
+    broken[name][1, 1] = bad
+    with pytest.raises(ValueError, match=rf"must be finite: {name} has 1 numbers"):
+        hf_llama.to_params(model, broken.__getitem__)

@@ -1,13 +1,19 @@
 """Sampling filters against their definitions; generation against repeated full forward passes."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx_jax.decoding import generate
+from longctx_jax.decoding import NonFiniteLogitsError, cast_weights, generate
 from longctx_jax.decoding.sampling import Sampling, filter_logits, sample
 from longctx_jax.models import build_model
+from longctx_jax.models.decoder import Decoder
+from tests.helpers import assert_close, random_variables
+from tests.models.tiny_models import MODELS, TINY
 from tests.tiny import tiny_config
 
 GREEDY = Sampling(temperature=0.0)
@@ -98,6 +104,8 @@ LOGITS = jnp.log(jnp.asarray([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
         (Sampling(top_p=1e-9), [[1, 0, 0, 0], [0, 0, 0, 1]]),
         (Sampling(top_k=3, top_p=0.6), [[1, 1, 0, 0], [0, 0, 1, 1]]),
         (Sampling(top_k=99), [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (Sampling(top_p=0.75), [[1, 1, 0, 0], [0, 1, 1, 1]]),  # .5 + .25 reaches it
+        (Sampling(top_p=0.9), [[1, 1, 1, 0], [0, 1, 1, 1]]),
     ],
     ids=str,
 )
@@ -115,6 +123,28 @@ def test_frequencies_follow_the_probabilities():
     draws = jax.vmap(lambda k: sample(k, LOGITS, Sampling()))(keys)
     share = np.mean(np.asarray(draws)[:, 0] == 0)
     assert abs(share - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("n_codes", [4, 7])
+def test_ties_go_to_the_lowest_ids(n_codes):
+    equal = jnp.zeros((1, n_codes))
+    for k in range(1, n_codes):
+        kept = jnp.isfinite(filter_logits(equal, Sampling(top_k=k)))[0]
+        assert kept.tolist() == [True] * k + [False] * (n_codes - k)
+        kept = jnp.isfinite(filter_logits(equal, Sampling(top_p=k / n_codes)))[0]
+        assert kept.tolist() == [True] * k + [False] * (n_codes - k)
+
+
+def test_the_smallest_set_that_reaches_p():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.1, 0.1]]))
+    kept = jnp.isfinite(filter_logits(logits, Sampling(top_p=0.8)))
+    assert kept.tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf, -math.inf])
+def test_temperatures_that_are_no_number(temperature):
+    with pytest.raises(ValueError, match="temperature must be a number that is not negative"):
+        Sampling(temperature=temperature)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
@@ -138,3 +168,58 @@ def test_bad_prompts(model_and_variables, prompts, n, message):
     model, variables = model_and_variables
     with pytest.raises(ValueError, match=message):
         generate(model, variables, prompts, max_new_tokens=n)
+
+
+def test_weights_that_are_not_finite_are_an_error(model_and_variables):
+    model, variables = model_and_variables
+    broken = jax.tree.map(lambda x: x * jnp.nan, variables)
+    with pytest.raises(NonFiniteLogitsError, match="before new token 0 of prompt 0"):
+        generate(model, broken, [[1, 2]], max_new_tokens=3)
+
+
+def test_arrays_and_lists_are_prompts_alike(model_and_variables):
+    model, variables = model_and_variables
+    options = {"max_new_tokens": 2, "sampling": GREEDY}
+    lists = generate(model, variables, [[1, 2], [3, 4]], **options)
+    for array in (np.array([[1, 2], [3, 4]]), jnp.asarray([[1, 2], [3, 4]], jnp.int8)):
+        assert generate(model, variables, array, **options).tolist() == lists.tolist()
+
+
+@pytest.mark.parametrize("name", ["transformer", "decay", "stagformer"])
+def test_weights_are_cast_once_to_what_apply_rounds_them_to(name):
+    """The same logits from half the bytes; what is computed with in float32 stays float32."""
+    config = tiny_config(model__name=name, model__vocab_size=13, model__dtype="bfloat16")
+    config = config.model
+    config.n_layers = 2
+    model = build_model(config)
+    variables = random_variables(lambda: model.init(jax.random.key(0)))
+    cast = cast_weights(model, variables)
+    paths = jax.tree_util.tree_leaves_with_path(cast)
+    for path, leaf in paths:
+        expected = {"kernel": jnp.bfloat16, "table": jnp.bfloat16, "scale": jnp.float32}
+        assert leaf.dtype == expected.get(path[-1].key, leaf.dtype), jax.tree_util.keystr(path)
+    tokens = np.arange(6)[None] % 13
+    before, after = (model.apply(v, tokens).logits for v in (variables, cast))
+    assert_close(after, before, rel_rms=0.02)  # embeddings are scaled after rounding
+    untied = build_model({**config.to_dict(), "tie_embeddings": False, "embed_scale": 1.0})
+    variables = random_variables(lambda: untied.init(jax.random.key(0)))
+    same = [untied.apply(v, tokens).logits for v in (variables, cast_weights(untied, variables))]
+    np.testing.assert_array_equal(*same)
+    wide = Decoder(dataclasses.replace(untied.config, dtype="float32"))
+    assert cast_weights(wide, variables) is variables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS])
+def test_every_model_decodes_in_bfloat16(name):
+    """Tokens are those of float32 where it is sure of them."""
+    fields = {**TINY, **MODELS[name]}
+    wide, narrow = (build_model({**fields, "dtype": d}) for d in ("float32", "bfloat16"))
+    variables = random_variables(lambda: wide.init(jax.random.key(0)))
+    options = {"max_new_tokens": 4, "sampling": GREEDY}
+    prompts = np.arange(20).reshape(2, 10) % 11
+    found = generate(narrow, variables, prompts, **options)
+    text = np.concatenate([prompts, found], axis=1)
+    logits = np.asarray(wide.apply(variables, text).logits)[:, 9:-1]
+    chosen = np.take_along_axis(logits, found[..., None], axis=-1)[..., 0]
+    assert np.all(logits.max(axis=-1) - chosen < 0.5 * logits.std())

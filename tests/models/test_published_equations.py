@@ -138,15 +138,22 @@ CASES = {
     "mamba2_conv_1": of_mamba({**MAMBA2, "conv_len": 1, "d_state": 4, "chunk_len": 16}),
     "mamba2_chunked": of_mamba({**MAMBA2, "implementation": "chunked"}),
     "mamba2_two_groups": of_mamba({**MAMBA2, "n_groups": 2}),
+    "mamba2_four_groups": of_mamba({**MAMBA2, "n_groups": 4, "head_len": 2}),
+    "mamba2_norm_before_gate": of_mamba({**MAMBA2, "n_groups": 2, "norm_before_gate": True}),
+    "mamba2_bounded_steps": of_mamba({**MAMBA2, "min_step": 0.4, "max_step": 0.9}),
+    "mamba2_least_step": of_mamba({**MAMBA2, "min_step": 0.6}),
 }
-# What is published under a name that the model's docstring gives to these options.
-CASES["transnormer_llm"] = decay.transnormer_llm, CASES["transnormer"][1]
-CASES["minimax_01"] = decay.minimax_01, CASES["lightning"][1]
-KNOWN_FAULTS = {
-    "transnormer_llm": "gate: published without activation; norm: published over all heads at once",
-    "minimax_01": "published: silu on values, one norm over all heads, slopes 1 - l / (L - 1)",
-    "mamba2_two_groups": "the gated RMSNorm spans all channels; published: each group by itself",
-}
+# Whole published mixers, as docs/decay.md gives their options.
+PUBLISHED = {**TRANSNORMER, "norm_span": "all", "scale_query": False}
+CASES["transnormer_llm"] = (
+    decay.transnormer_llm,
+    of_decay({**PUBLISHED, "gate": "linear"})[1],
+)
+MINIMAX = {"kind": "lightning", "depth": "minimax", "value_map": "silu", "head_norm": "rms"}
+CASES["minimax_01"] = (
+    decay.minimax_01,
+    of_decay({**PUBLISHED, **MINIMAX})[1],
+)
 FAST_LOGITS = ["retnet", "vq_gqa_relative", "vq_gated_unit", "armt"]
 FAST_LOGITS += ["rwkv4", "rwkv6", "mamba2"]
 FAST_GRADIENTS = ["gated_retention_alone", "mamba1_one_layer"]
@@ -163,8 +170,6 @@ def cases(names, fast=()):
     """Parameters with the marks of their names."""
     for name in names:
         marks = [] if name in fast else [pytest.mark.slow]
-        if name in KNOWN_FAULTS:
-            marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[name]))
         yield pytest.param(name, id=name, marks=marks)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx_jax.nn.contract import Documents, Sizes, advance_documents
+from longctx_jax.nn.contract import NO_SEGMENT, Documents, Sizes, advance_documents
 from longctx_jax.nn.kv_cache import (
     KVCache,
     NewTokens,
@@ -177,7 +177,7 @@ def number_documents(ids):
 )
 @settings(deadline=None, max_examples=40)
 def test_documents_are_numbered_across_calls(ids, lengths):
-    last_id, last_index = np.array([-1], np.int32), np.array([0], np.int32)
+    last_id, last_index = np.array([NO_SEGMENT], np.int32), np.array([0], np.int32)
     index, reset, start = [], [], 0
     while start < len(ids):
         piece = np.array([ids[start : start + lengths.pop()]], np.int32)

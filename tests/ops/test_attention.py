@@ -383,7 +383,9 @@ def test_merge_of_unequal_shapes():
 
 # --- choosing a form ---------------------------------------------------------------------------
 
-GPU = select._Facts("gpu", "bfloat16", 512, 512, 64, 64, 0, True, False, False, False)
+GPU = select._Facts(
+    "gpu", "bfloat16", 1, 2, 2, 512, 512, 64, 64, 0, True, False, False, needs_normalizer=False
+)
 CHOICES = [
     ("cudnn", {}),
     ("cudnn", {"window_len": 128}),
@@ -396,8 +398,11 @@ CHOICES = [
     ("dense", {"d_value": 128}),
     ("dense", {"d_key": 60, "d_value": 60}),
     ("dense", {"d_key": 512, "d_value": 512}),
-    ("dense", {"platform": "cpu", "query_len": 2048, "key_len": 2048}),
-    ("blockwise", {"platform": "cpu", "query_len": 2049, "key_len": 2048}),
+    ("dense", {"platform": "cpu", "query_len": 768, "key_len": 768}),
+    ("blockwise", {"platform": "cpu", "query_len": 768, "key_len": 769}),
+    ("dense", {"platform": "cpu", "query_len": 128, "key_len": 9999}),  # few queries
+    ("blockwise", {"platform": "cpu", "query_len": 129, "key_len": 9999}),
+    ("blockwise", {"platform": "cpu", "query_len": 33, "key_len": 9999, "heads": 8}),
     ("banded", {"platform": "cpu", "window_len": 128, "query_len": 257}),
     ("dense", {"platform": "cpu", "window_len": 128, "query_len": 256}),
     ("dense", {"platform": "cpu", "window_len": 128, "query_len": 257, "is_aligned": False}),

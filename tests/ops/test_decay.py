@@ -1,6 +1,7 @@
 """Every form of decay attention against a loop over tokens and its hand-written backward pass."""
 
 import functools
+import inspect
 import zlib
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.decay import decay_attention, decay_attention_step, explain, linear_vjp
 from longctx_jax.ops.decay.facts import Facts
 from longctx_jax.ops.decay.select import IMPLEMENTATIONS, explain_facts
@@ -392,12 +394,16 @@ def test_shapes_that_contradict(shapes, message):
         explain(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
 
 
+# Without the type checker of the tests, as users have it.
+unchecked = checked(inspect.unwrap(decay_attention))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"state": (2, 1, 2, 2)}, r"state must be .* = \(2, 3, 2, 2\): got \(2, 1, 2, 2\)"),
         ({"state": (1, 3, 2, 2)}, r"got \(1, 3, 2, 2\)"),
-        ({"reset": (2, 1)}, r"reset must be \[batch, seq\] = \(2, 4\): got \(2, 1\)"),
+        ({"reset": (2, 1)}, r"reset must be \[batch, seq\].*: got \(2, 1\)"),
     ],
     ids=["heads", "batch", "reset"],
 )
@@ -407,16 +413,16 @@ def test_state_and_reset_must_fit(given, message):
         name: jnp.zeros(shape, bool if name == "reset" else float) for name, shape in given.items()
     }
     with pytest.raises((ValueError, TypeError), match=message):
-        decay_attention.__wrapped__(x, x, x, jnp.zeros(3), **given)
+        unchecked(x, x, x, jnp.zeros(3), **given)
 
 
 def test_no_token_and_a_traced_scale_are_refused():
     x = jnp.zeros((1, 0, 2, 2))
-    with pytest.raises(ValueError, match="got a sequence of length 0"):
+    with pytest.raises(ValueError, match="at least one row and one token"):
         decay_attention(x, x, x, jnp.zeros(2))
     x = jnp.zeros((1, 2, 2, 2))
     with pytest.raises(TypeError, match="pass scale=1.0"):
-        jax.jit(lambda s: decay_attention.__wrapped__(x, x, x, jnp.zeros(2), scale=s))(1.0)
+        jax.jit(lambda s: unchecked(x, x, x, jnp.zeros(2), scale=s))(1.0)
 
 
 @pytest.mark.parametrize("log_decay", [[0.9, 0.5], [-0.1, np.nan]], ids=["lambda", "nan"])

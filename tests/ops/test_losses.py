@@ -12,6 +12,7 @@ from longctx_jax.ops.losses import (
     bits_per_byte,
     chunked_token_nll,
     token_nll,
+    weighted,
 )
 from tests.helpers import assert_close, assert_trees_close, make_normal, sub_jaxprs
 
@@ -80,3 +81,48 @@ def test_no_pass_holds_more_logits_than_a_chunk(chunk_len):
 
 def test_bits_per_byte():
     assert bits_per_byte(8 * math.log(2.0), 4) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("chunk_len", [0, 4])
+@pytest.mark.parametrize("bad", ["target", "hidden"])
+def test_what_has_no_weight_counts_nothing(chunk_len, bad):
+    """Neither a target outside the vocabulary (-100) nor activations that are NaN or inf."""
+    weights = np.ones((BATCH, SEQ), np.float32)
+    weights[0, 3] = weights[1, 7] = 0
+    targets, hidden = TARGETS.copy(), np.float32(HIDDEN)
+    if bad == "target":
+        targets[0, 3], targets[1, 7] = -100, VOCAB
+    else:
+        hidden[0, 3], hidden[1, 7, 0] = np.nan, np.inf
+
+    def loss(hidden, unembedding, targets):
+        options = {"chunk_len": chunk_len, "weights": jnp.asarray(weights)}
+        return jnp.sum(chunked_token_nll(hidden, unembedding, jnp.asarray(targets), **options))
+
+    plain = jnp.float32(HIDDEN), jnp.float32(UNEMBEDDING)
+    value, gradient = jax.value_and_grad(loss, (0, 1))(jnp.asarray(hidden), plain[1], targets)
+    expected, other = jax.value_and_grad(loss, (0, 1))(*plain, TARGETS)
+    assert_close(value, expected, rel_rms=1e-6)
+    assert_trees_close(gradient, other, rel_rms=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-100, -1, VOCAB])
+def test_a_target_outside_the_vocabulary_is_seen(bad):
+    targets = TARGETS.copy()
+    targets[1, 2] = bad
+    nll = np.array(token_nll(jnp.float32(make_normal(0, BATCH, SEQ, VOCAB)), jnp.asarray(targets)))
+    assert np.isnan(nll[1, 2])
+    nll[1, 2] = 0
+    assert np.isfinite(nll).all()
+
+
+def test_minus_infinite_logits_without_weight():
+    logits = jnp.zeros((1, 2, 3)).at[0, 1, 2].set(-jnp.inf)
+    nll = token_nll(logits, jnp.asarray([[2, 2]]))
+    assert np.isinf(nll[0, 1])
+    assert weighted(nll, jnp.asarray([[1.0, 0.0]])).tolist() == [[nll[0, 0], 0.0]]
+
+
+def test_bits_per_byte_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="got 0 bytes"):
+        bits_per_byte(1.0, 0)

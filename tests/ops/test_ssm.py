@@ -253,7 +253,7 @@ def test_mistakes():
         selective_scan(*inputs, implementation="fast")
     with pytest.raises(ValueError, match="chunk_len must be at least 1: got 0"):
         selective_scan(*inputs, chunk_len=0)
-    with pytest.raises(ValueError, match="needs a token"):
+    with pytest.raises(ValueError, match="at least one row and one token"):
         selective_scan(*floats(scan_inputs(0)))
     with pytest.raises(ValueError, match="implementation must be one of .*: got 'fast'"):
         ssd(*floats(ssd_inputs(3)), implementation="fast")

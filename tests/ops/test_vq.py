@@ -460,7 +460,10 @@ MISTAKES = [
     ({"documents": np.zeros((BATCH, 3), np.int32)}, "documents must be .* got \\(2, 3\\)"),
     ({"documents": np.full((BATCH, SEQ), -1, np.int32)}, "documents must not be negative: got -1"),
     ({"implementation": "cuda"}, "implementation must be one of .* got 'cuda'"),
-    ({"state": (1, WINDOW, KV_HEADS, KEY, VALUE, CODES)}, "state.key must be .* got \\(1, 5"),
+    (
+        {"state": (1, WINDOW, KV_HEADS, KEY, VALUE, CODES)},
+        "state must have the 2 rows .* shape \\(1, 5",
+    ),
     ({"state": (BATCH, WINDOW, KV_HEADS, KEY, VALUE, 9)}, "state.table.mean must be "),
 ]
 

@@ -23,6 +23,7 @@ from longctx_jax.benchmarking.model_cases import shape_fields
 from longctx_jax.benchmarking.ratios import speed_ratio
 from longctx_jax.benchmarking.rows import Fields, Row, make, within
 from longctx_jax.benchmarking.timing import Case, Limits, Measured
+from longctx_jax.decoding import cast_weights
 from longctx_jax.decoding.greedy import prefill, token_loop
 from longctx_jax.models import build_model
 from longctx_jax.models.decoder import Decoder
@@ -174,7 +175,8 @@ def _loops(models: Mapping[str, Decoder], context_len: int, limits: Limits) -> I
         @functools.cache
         def start(model=model):
             logits = jnp.zeros((1, model.config.vocab_size))
-            return make_variables(model), logits, filled_cache(model, context_len, max_len)
+            weights = cast_weights(model, make_variables(model))  # as generate does, once
+            return weights, logits, filled_cache(model, context_len, max_len)
 
         loop = jax.jit(functools.partial(token_loop, model, n_new))
         cases[name] = Case(loop, lambda _, start=start: start())

@@ -26,6 +26,7 @@ from longctx_jax.benchmarking.model_cases import (
 from longctx_jax.benchmarking.ratios import speed_ratio
 from longctx_jax.benchmarking.rows import Fields, Row, make
 from longctx_jax.benchmarking.timing import Case, Limits
+from longctx_jax.decoding import cast_weights
 from longctx_jax.decoding.greedy import token_loop
 from longctx_jax.models import build_model
 from longctx_jax.models.config import ModelConfig
@@ -185,7 +186,7 @@ def loop_case(model: Decoder, context_len: int, n_new: int) -> Case:
 
     @functools.cache
     def start():
-        variables = model.init(jax.random.key(0))
+        variables = cast_weights(model, model.init(jax.random.key(0)))
         logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
         return variables, logits, made_up_cache(model, context_len, n_new)
 

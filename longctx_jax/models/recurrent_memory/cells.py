@@ -85,7 +85,8 @@ class MemoryLayer:
         """Returns the memory's parameters of one layer, {} without any."""
         c = self.config
         if self.has_tokens:
-            return {"tokens": jax.random.normal(key, (c.memory.n_memory_tokens, c.d_model))}
+            shape = (c.memory.n_memory_tokens, c.d_model)
+            return {"tokens": jax.random.normal(key, shape, jnp.float32)}
         if self.associative is None:
             return {}
         example = jnp.zeros((1, 1, c.d_model), c.dtype)

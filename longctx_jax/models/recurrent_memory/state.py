@@ -49,7 +49,8 @@ def init_recurrence(config: ModelConfig, key: PRNGKey) -> PyTree:
     if config.recurrence != "layerwise":
         scale = config.embed_scale * config.d_model**-0.5
         shape = (config.memory.n_memory_tokens, config.d_model)
-        params["tokens"] = scale * jax.random.normal(jax.random.fold_in(key, 2**31 - 1), shape)
+        tokens_key = jax.random.fold_in(key, 2**31 - 1)
+        params["tokens"] = scale * jax.random.normal(tokens_key, shape, jnp.float32)
     return params
 
 

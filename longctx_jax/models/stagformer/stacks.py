@@ -43,6 +43,7 @@ from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Aux, Documents
 from longctx_jax.nn.cross_attention import CrossHalf, MemoryRing, extend_rows
 from longctx_jax.nn.norms import make_norm
+from longctx_jax.ops.quarantine import find_poison, is_bad
 from longctx_jax.typing import PRNGKey, PyTree
 
 Caches = tuple[Layers, Handover]
@@ -113,6 +114,8 @@ def _stack_after_stack(config, params, state, x, documents, caches: Caches | Non
         y, layers, aux = _one_stack(
             config, params, state, s, x, memory, documents, layers, cell_key, train
         )
+        if s > 0 and documents is not None:
+            y = find_poison(is_bad(outputs[-1]), documents.reset).spread(y)
         outputs.append(y)
         auxes.append(aux)
     if handover is not None:
@@ -193,6 +196,8 @@ def delayed(
         is_first |= documents.reset
     first = own["first"][below]
     rows = jnp.where(is_first[..., None], first.astype(rows.dtype), rows)
+    if documents is not None:  # what is kept must be finite: other documents weigh it with 0
+        rows = jnp.where(is_bad(rows)[..., None], jnp.zeros((), rows.dtype), rows)
     return call_module(norm, norm_params, rows)
 
 

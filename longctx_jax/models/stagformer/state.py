@@ -100,7 +100,7 @@ def init_staggered(
     norm = make_norm(config.norm, config.dtype, config.norm_eps).init(first_key, example)["params"]
     handover = {"norm": jax.tree.map(lambda p: jnp.stack([p] * (n_stacks - 1)), norm)}
     if stag.stagger:
-        handover["first"] = jax.random.normal(first_key, (n_stacks - 1, width))
+        handover["first"] = jax.random.normal(first_key, (n_stacks - 1, width), jnp.float32)
     params: dict[str, PyTree] = {"stack": stack, "handover": handover}
     if stag.handoff == "cross":
         half, n_rows = cross_half(config), one.n_layers // len(one.pattern)
@@ -116,7 +116,7 @@ def init_staggered(
             for p, name in enumerate(layer_names(one))
         }
     if stag.combine == "linear":
-        params["combine"] = jnp.zeros((n_stacks,)).at[-1].set(1.0)
+        params["combine"] = jnp.zeros((n_stacks,), jnp.float32).at[-1].set(1.0)
     return params, state
 
 

@@ -1,16 +1,14 @@
 """Decaying linear attention as a sequence mixer: retention, Lightning Attention, gated retention.
 
-    y = ( norm_per_head( decay_attention(f(q), f(k), v) ) * gate(x W_gate) ) W_out
+    y = ( norm( decay_attention(f(q), f(k), g(v)) ) * gate(x W_gate) ) W_out
 
-with, if asked, a short convolution of x before the projections. Where the decay comes from, what f
-and the gate are, and whether positions are rotated in are options: RetNet is (kind "retnet",
-rotary, gate "silu"), TransNormerLLM (kind "transnormer", rates falling with depth, feature map
-"silu", gate "sigmoid"), MiniMax-01 (kind "lightning", falling with depth), gated retention (kind
-"gated": a decay per token and head).
+with, if asked, a short convolution of x before the projections. Where the decay comes from, what f,
+g and the gate are, whether the norm is one a head, and whether positions are rotated in are
+options; docs/decay.md has those of RetNet, TransNormerLLM, MiniMax-01 and gated retention.
 
 Source: Sun et al. (2023), arXiv 2307.08621 (RetNet); Sun et al. (2024), arXiv 2405.05254 (gated
 retention); Qin et al. (2023), arXiv 2307.14995 (TransNormerLLM); Qin et al. (2024), arXiv
-2401.04658 (Lightning Attention-2).
+2401.04658 (Lightning Attention-2); MiniMax (2025), arXiv 2501.08313, and its public code.
 """
 
 import dataclasses
@@ -46,15 +44,22 @@ from longctx_jax.ops.decay import decay_attention
 from longctx_jax.ops.position import rotate
 
 DECAY_KINDS = ("retnet", "lightning", "transnormer", "learned", "gated", "none")
-DEPTH_SCHEDULES = ("constant", "linear")
+DEPTH_SCHEDULES = ("constant", "linear", "minimax")
 POSITIONS = ("rotary", "none")
 FEATURE_MAPS = {"none": lambda x: x, "silu": jax.nn.silu, "elu": lambda x: jax.nn.elu(x) + 1.0}
-GATES = {"none": None, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+GATES = {
+    "none": None,
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
 HEAD_NORMS = {
     "rms": lambda dtype: RMSNorm(dtype, name="head_norm"),
     "layer": lambda dtype: LayerNorm(dtype, name="head_norm"),
     "plain_rms": lambda dtype: RMSNorm(dtype, use_scale=False, name="head_norm"),
 }
+NORM_SPANS = ("head", "all")
+SMALL = 1e-5  # of MiniMax-01's slopes
 GATE_TEMPERATURE = 16.0  # of gated decay: log decay = log sigmoid(x W + b) / it, as in public code
 
 
@@ -66,6 +71,11 @@ class DecayConfig:
         kind: where the per-head decays come from (`log_decays`); "learned" makes them parameters,
             "gated" functions of the token.
         depth: how they change from layer to layer (`log_decays_by_layer`).
+        feature_map: f, of queries and keys.
+        value_map: g, of values: the same choices.
+        gate: "none", or what becomes of x W_gate; "linear" leaves it as it is.
+        norm_span: "head": head_norm normalises each head by itself; "all": all of them at once.
+        scale_query: divide queries by sqrt(d_key); after a norm it matters only beside its eps.
         conv_len: tokens the short convolution mixes, the current one included; 0 = none.
     """
 
@@ -75,8 +85,11 @@ class DecayConfig:
     position: str = "rotary"
     rope_theta: float = 10_000.0
     feature_map: str = "none"
+    value_map: str = "none"
     gate: str = "silu"
     head_norm: str = "rms"
+    norm_span: str = "head"
+    scale_query: bool = True
     conv_len: int = 0
     implementation: str = "auto"
 
@@ -85,6 +98,8 @@ class DecayConfig:
         require_one_of("decay.kind", self.kind, DECAY_KINDS)
         require_one_of("decay.depth", self.depth, DEPTH_SCHEDULES)
         require_one_of("decay.feature_map", self.feature_map, tuple(FEATURE_MAPS))
+        require_one_of("decay.value_map", self.value_map, tuple(FEATURE_MAPS))
+        require_one_of("decay.norm_span", self.norm_span, NORM_SPANS)
         require_one_of("decay.gate", self.gate, tuple(GATES))
         require_one_of("decay.head_norm", self.head_norm, tuple(HEAD_NORMS))
         require_positive("decay.chunk_len", self.chunk_len)
@@ -122,10 +137,16 @@ def log_decays(kind: str, n_heads: int) -> np.ndarray:
 def log_decays_by_layer(kind: str, depth: str, n_layers: int, n_heads: int) -> np.ndarray:
     """Returns `log_decays` of every layer, float64 [layers, heads].
 
-    Depth "constant": the same in all. "linear": times 1 - l/L, so that deeper layers forget less
-    (TransNormerLLM; MiniMax-01).
+    Depth "constant": the same in all. Or deeper layers forget less: "linear": times 1 - l/L
+    (TransNormerLLM); "minimax": times 1 - l/(L - 1 + s) + s, s = 1e-5 (MiniMax-01), so that the
+    last layer hardly forgets at all.
     """
-    factor = np.ones(n_layers) if depth == "constant" else 1 - np.arange(n_layers) / n_layers
+    layer = np.arange(n_layers)
+    factor = {
+        "constant": np.ones(n_layers),
+        "linear": 1 - layer / n_layers,
+        "minimax": 1 - layer / (n_layers - 1 + SMALL) + SMALL,
+    }[depth]
     return np.outer(factor, log_decays(kind, n_heads))
 
 
@@ -161,7 +182,7 @@ class DecayAttention(nn.Module):
         feature_map = FEATURE_MAPS[config.feature_map]
         query = feature_map(heads("query", sizes.n_heads, sizes.d_key))
         key = feature_map(heads("key", sizes.n_kv_heads, sizes.d_key))
-        value = heads("value", sizes.n_kv_heads, sizes.d_value)
+        value = FEATURE_MAPS[config.value_map](heads("value", sizes.n_kv_heads, sizes.d_value))
         if config.position == "rotary":
             positions = jnp.arange(seq, dtype=jnp.int32)[None]
             if cache is not None:
@@ -176,10 +197,13 @@ class DecayAttention(nn.Module):
             self._log_decay(x, 0 if layer is None else layer),
             None if cache is None else cache.state,
             reset=None if documents is None else documents.reset,
+            scale=None if config.scale_query else 1.0,
             chunk_len=config.chunk_len,
             for_training=train,
             implementation=config.implementation,
         )
+        if config.norm_span == "all":
+            out = out.reshape(batch, seq, -1)
         out = HEAD_NORMS[config.head_norm](sizes.dtype)(out).reshape(batch, seq, -1)
         if gate := GATES[config.gate]:
             out = out * gate(dense(out.shape[-1], sizes.dtype, "gate")(x))
@@ -218,14 +242,17 @@ class DecayAttention(nn.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         if config.kind not in ("learned", "gated"):
             return jnp.asarray(table, wide)[layer]
-        start = jnp.asarray(table, jnp.float32)[layer]  # parameters are float32
+        # The starts are taken in float64: float32 has no log of what the slowest heads forget.
+        table = np.minimum(table, -np.finfo(np.float64).tiny)
         if config.kind == "learned":
             # log decay = -softplus(rate) stays <= 0 whatever the optimizer does.
-            rate = self.param("decay_rate", lambda key: jnp.log(jnp.expm1(-start)))
+            start = jnp.asarray(np.log(np.expm1(-table)), jnp.float32)
+            rate = self.param("decay_rate", lambda key: start[layer])
             return -jax.nn.softplus(rate.astype(wide))
         # The bias starts every head at its constant decay: sigmoid(b) = exp(start * 16).
-        open_at = GATE_TEMPERATURE * start
-        bias = self.param("decay_bias", lambda key: open_at - jnp.log(-jnp.expm1(open_at)))
+        open_at = GATE_TEMPERATURE * table
+        start = jnp.asarray(open_at - np.log(-np.expm1(open_at)), jnp.float32)
+        bias = self.param("decay_bias", lambda key: start[layer])
         logits = dense(sizes.n_heads, str(wide), "decay_gate")(x.astype(wide)) + bias
         return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
 

@@ -8,7 +8,10 @@ Version 1, with d_inner = expand d_model channels of n numbers each:
 Version 2 has heads of P channels that share one rate, and takes everything from one projection:
 
     [z; uBC; dt] = W_in x,   uBC <- silu(conv(uBC) + bias),   delta = softplus(dt + bias)
-    y = W_out RMSNorm( ssd(u, delta, A, B, C, D) * silu(z) )
+    y = W_out RMSNorm_g( ssd(u, delta, A, B, C, D) * silu(z) )
+
+where RMSNorm_g normalises the channels of each of the n_groups by themselves, and the published
+options are that the gate comes after the norm, and bounds within which delta is kept.
 
 A = -exp(A_log) in both. The last conv_len - 1 inputs of the convolution are state.
 
@@ -80,6 +83,9 @@ class MambaConfig:
         conv_len: tokens the convolution mixes, the current one included.
         head_len: channels a head (2).
         n_groups: of heads that share B and C (2).
+        norm_before_gate: RMSNorm(ssd(..)) * silu(z), instead of the gate inside the norm (2).
+        min_step: delta is at least it (2).
+        max_step: delta is at most it (2); 0 = no bound.
         step_rank: of the projection to the steps (1); 0 = d_model / 16, rounded up.
     """
 
@@ -89,6 +95,9 @@ class MambaConfig:
     conv_len: int = 4
     head_len: int = 64
     n_groups: int = 1
+    norm_before_gate: bool = False
+    min_step: float = 0.0
+    max_step: float = 0.0
     step_rank: int = 0
     chunk_len: int = 64
     implementation: str = "auto"
@@ -98,8 +107,19 @@ class MambaConfig:
         require_one_of("mamba.version", self.version, VERSIONS)
         for field in ("expand", "conv_len", "head_len", "n_groups", "chunk_len"):
             require_positive(f"mamba.{field}", getattr(self, field))
-        for field in ("d_state", "step_rank"):
+        for field in ("d_state", "step_rank", "min_step", "max_step"):
             require_not_negative(f"mamba.{field}", getattr(self, field))
+        if self.max_step and self.min_step >= self.max_step:
+            raise ValueError(
+                "config.model.mamba.min_step must be below max_step: got "
+                f"{self.min_step} and {self.max_step}; 0 and 0 are no bounds"
+            )
+        if self.version == 1 and (self.norm_before_gate or self.min_step or self.max_step):
+            raise ValueError(
+                "config.model.mamba.norm_before_gate, min_step and max_step are of version 2: got "
+                f"{self.norm_before_gate}, {self.min_step} and {self.max_step} with version=1; "
+                "leave them at False, 0 and 0"
+            )
 
 
 class Mamba(nn.Module):
@@ -140,7 +160,8 @@ class Mamba(nn.Module):
             y = y * gate
         else:
             y, state = self._version2(x, mixed, state, {**options, "for_training": train})
-            y = RMSNorm(sizes.dtype, eps=NORM_EPS, name="norm")(y * gate)
+            norm = RMSNorm(sizes.dtype, eps=NORM_EPS, n_groups=config.n_groups, name="norm")
+            y = norm(y) * gate if config.norm_before_gate else norm(y * gate)
         y = dense(x.shape[-1], sizes.dtype, "out", sizes.output_scale)(y)
         return y, None if history is None else MambaCache(state, *history), no_aux()
 
@@ -179,6 +200,8 @@ class Mamba(nn.Module):
         u, b, c = jnp.split(mixed, [self.d_inner, self.d_inner + shared], axis=-1)
         bias = self.param("step_bias", step_bias_start, (heads,), jnp.float32)
         delta = jax.nn.softplus(dense(heads, str(wide), "step")(x.astype(wide)) + bias)
+        if config.min_step or config.max_step:
+            delta = jnp.clip(delta, config.min_step, config.max_step or None)
 
         def rate_start(key):
             return jnp.log(jax.random.uniform(key, (heads,), jnp.float32, 1.0, LARGEST_RATE))

@@ -37,7 +37,7 @@ def _costs(sizes: Sizes, config: SlidingConfig, call: Call) -> Costs:
     if call.seq_len > 2 * tile:
         n_reaching = min(call.seq_len, max(1, ring_len - 1))
         own = -(-call.seq_len // tile) * tile * 2 * tile
-        pairs = max(own, costs.pairs_at_once(n_reaching, ring_len))
+        pairs = max(own, costs.pairs_at_once(sizes, n_reaching, ring_len))
         scores = costs.SCORE_COPIES * sizes.n_heads * pairs
     return Costs(
         flops=costs.softmax_flops(sizes, costs.n_keys(call, config.window_len)),

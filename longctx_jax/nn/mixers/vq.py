@@ -30,6 +30,7 @@ from longctx_jax.nn.config_checks import (
 from longctx_jax.nn.contract import Aux, Call, Costs, Documents, Mean, Mixer, Sizes, no_aux
 from longctx_jax.nn.mlp import Kernel, dense
 from longctx_jax.nn.norms import RMSNorm
+from longctx_jax.ops.losses import weighted
 from longctx_jax.ops.position import sinusoid
 from longctx_jax.ops.vq import VQState, init_vq_state, renewed, vq_attention
 from longctx_jax.ops.vq.codebook import (
@@ -204,7 +205,8 @@ class VQAttention(nn.Module):
         content = self.param("content_bias", nn.initializers.zeros, shape, jnp.float32)
         place = self.param("position_bias", nn.initializers.zeros, shape, jnp.float32)
         distances = jnp.arange(n_distances, dtype=jnp.int32)[None]
-        waves = sinusoid(distances, sizes.d_model, config.position_theta)[0]
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        waves = sinusoid(distances, sizes.d_model, config.position_theta, wide)[0]
         if train and config.position_dropout > 0.0:
             waves = nn.Dropout(config.position_dropout, deterministic=False)(waves)
         waves = waves.astype(sizes.dtype)
@@ -231,12 +233,12 @@ class VQAttention(nn.Module):
         weights = None if documents is None else documents.weights
         error = result.squared_error
         counted = jnp.ones(error.shape[:2], error.dtype) if weights is None else weights
-        loss = config.commitment * jnp.sum(jnp.sum(error, axis=-1) * counted)
+        loss = config.commitment * jnp.sum(weighted(jnp.sum(error, axis=-1), counted))
         fixed_key, fixed_error = jax.lax.stop_gradient((key, error))
         norm = jnp.linalg.norm(fixed_key.astype(error.dtype), axis=-1)
         relative = jnp.sqrt(fixed_error) / jnp.maximum(norm, 1e-6)
         relative = jnp.mean(jnp.minimum(relative, MAX_RELATIVE_ERROR), axis=-1)
-        metric = Mean(jnp.sum(relative * counted), jnp.sum(counted))
+        metric = Mean(jnp.sum(weighted(relative, counted)), jnp.sum(counted))
         statistics = {}
         if config.codebook_decay < 1.0:
             statistics = {

@@ -19,10 +19,9 @@ from longctx_jax.ops.attention.partial import (
     is_visible,
     merge_partial_attention,
 )
-from longctx_jax.ops.attention.select import DENSE_MAX_SCORES, attention, attention_partial
+from longctx_jax.ops.attention.select import attention, attention_partial, prefers_dense
 
 __all__ = [
-    "DENSE_MAX_SCORES",
     "KEY_BLOCK_LEN",
     "MIN_BAND_LEN",
     "NEVER",
@@ -34,4 +33,5 @@ __all__ = [
     "empty_partial",
     "is_visible",
     "merge_partial_attention",
+    "prefers_dense",
 ]

@@ -2,21 +2,31 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from longctx_jax.ops.attention import forms
-from longctx_jax.ops.attention.partial import Keys, Partial
+from longctx_jax.ops.attention.partial import Keys, Partial, is_visible
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.dispatch import Implementation, choose, platform
 from longctx_jax.ops.position import DistanceBias
+from longctx_jax.ops.quarantine import Poison, is_bad
 from longctx_jax.typing import Array, Float, Int
 
-DENSE_MAX_SCORES = 2**22  # query_len * key_len above which "auto" leaves the dense form
+# Up to so many keys the dense form holds no more than 1.2 times what the blockwise one holds, whose
+# last block is filled up. Beyond, it holds more and is not faster (2 CPU cores, float32, forward
+# and backward, ms dense / blockwise, at batch x heads x tokens: 8x8x512 300/366, 8x4x640 179/365,
+# 1x4x1024 84/78, 4x4x1024 371/357, 1x8x2048 1,538/673, 4x8x2048 9,585/8,078 in 2.2 / 0.6 GB).
+DENSE_MAX_KEYS = 768
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
     platform: str
     dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
     query_len: int
     key_len: int
     d_key: int
@@ -28,6 +38,7 @@ class _Facts:
     needs_normalizer: bool
 
 
+@checked
 def attention(
     query: Float[Array, "batch seq heads key"],
     key: Float[Array, "batch keys kv_heads key"],
@@ -45,7 +56,8 @@ def attention(
         query: of the tokens, [batch, seq, heads, key].
         key: of the same tokens (keys = seq).
         value: of the same tokens.
-        segment_ids: document of each token; tokens see their own document only.
+        segment_ids: document of each token; tokens see their own document only, and no NaN of
+            another one.
         window_len: keys a query sees, its own included; 0 = all.
         relative_bias: added to the scores by distance.
         scale: of the scores; None = 1/sqrt(key width).
@@ -74,6 +86,7 @@ def attention(
     ).out
 
 
+@checked
 def attention_partial(
     query: Float[Array, "batch seq heads key"],
     key: Float[Array, "batch keys kv_heads key"],
@@ -113,6 +126,9 @@ def attention_partial(
     facts = _Facts(
         platform=platform(),
         dtype=str(query.dtype),
+        batch=query.shape[0],
+        heads=n_heads,
+        kv_heads=n_kv_heads,
         query_len=query.shape[1],
         key_len=key.shape[1],
         d_key=key.shape[-1],
@@ -124,7 +140,28 @@ def attention_partial(
         needs_normalizer=needs_normalizer,
     )
     chosen = choose("attention", IMPLEMENTATIONS, implementation, facts)
-    return chosen.run(query, key, value, where, window_len, relative_bias, scale)
+    if not (is_aligned and where.query_segment_ids is not None):
+        return chosen.run(query, key, value, where, window_len, relative_bias, scale)
+    bad_query, bad_key = is_bad(query), is_bad(key) | is_bad(value)
+    reached = _reached(bad_query, bad_key, where, window_len)
+    none = jnp.zeros(query.shape[:1], bool)
+    of_query, of_key = (Poison(bad, none, reached) for bad in (bad_query, bad_key))
+    clean = (of_query.clean(query), of_key.clean(key), of_key.clean(value))
+    partial = chosen.run(*clean, where, window_len, relative_bias, scale)
+    return Partial(of_query.spread(partial.out), of_query.spread(partial.log_normalizer))
+
+
+def _reached(bad_query, bad_key, where: Keys, window_len: int):
+    """Returns which queries see a token that is not finite, [batch, seq]."""
+    shape = bad_query.shape
+
+    def look(_):
+        visible = is_visible(where, window_len)
+        return bad_query | jnp.any(visible & bad_key[:, None, :], axis=-1)
+
+    return jax.lax.cond(
+        jnp.any(bad_query) | jnp.any(bad_key), look, lambda _: jnp.zeros(shape, bool), None
+    )
 
 
 def _cudnn_unsupported(facts: _Facts) -> str:
@@ -153,9 +190,29 @@ def _banded_unattractive(facts: _Facts) -> str:
     return "" if facts.query_len > 2 * tile else "the sequence is within two tiles"
 
 
+def prefers_dense(query_len: int, key_len: int, heads: int, kv_heads: int, widths: int) -> bool:
+    """Returns whether all scores at once are no burden beside the form that takes blocks of keys.
+
+    Either there are few keys, or so few queries that their scores are fewer numbers than the copy
+    of keys and values that the blockwise form makes. The batch multiplies both sides alike.
+
+    Args:
+        query_len: queries a row.
+        key_len: keys a row.
+        heads: of the queries.
+        kv_heads: of keys and values.
+        widths: of a key and a value, added.
+    """
+    return key_len <= DENSE_MAX_KEYS or query_len * heads <= kv_heads * widths
+
+
 def _dense_unattractive(facts: _Facts) -> str:
-    n_scores = facts.query_len * facts.key_len
-    return "" if n_scores <= DENSE_MAX_SCORES else f"{n_scores} scores a head at once"
+    widths = facts.d_key + facts.d_value
+    sizes = (facts.query_len, facts.key_len, facts.heads, facts.kv_heads, widths)
+    if prefers_dense(*sizes):
+        return ""
+    n_scores = facts.batch * facts.heads * facts.query_len * facts.key_len
+    return f"{n_scores} scores at once"
 
 
 IMPLEMENTATIONS = (

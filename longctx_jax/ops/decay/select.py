@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jax.core import Tracer
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.decay import (
     block,
     causal_dot_product,
@@ -30,6 +31,7 @@ from longctx_jax.ops.decay.linear_vjp import share_heads
 from longctx_jax.ops.decay.powers import separate_resets
 from longctx_jax.ops.dispatch import Implementation, choose, leaf, leaf_unsupported
 from longctx_jax.ops.partition import by_rows_and_heads
+from longctx_jax.ops.quarantine import find_poison, is_bad
 from longctx_jax.typing import Array, Bool, Float
 
 CHUNK_LEN = two_pass.CHUNK_LEN  # tokens
@@ -69,6 +71,7 @@ CHUNKED = ("two_pass", "chunked", "block", "prefix", "recursion")  # take chunk_
 KERNELS = ("pallas_triton", "pallas_mosaic_gpu")  # share heads themselves
 
 
+@checked
 def decay_attention(
     query: Float[Array, "batch seq query_heads key"],
     key: Float[Array, "batch seq key_heads key"],
@@ -97,7 +100,7 @@ def decay_attention(
             the current token only. One constant a head, or [batch, seq, heads]: the factor between
             the token before and this one, e.g. a gate.
         state: S before the first token; None = zeros.
-        reset: True where a token starts a new document: what came before is forgotten.
+        reset: True where a token starts a new document: what came before is forgotten, NaN too.
         scale: None = 1/sqrt(key width).
         chunk_len: tokens a chunk of the forms that have chunks and are not kernels.
         for_training: what "auto" minimises: forward and backward time, or the forward alone.
@@ -126,6 +129,15 @@ def decay_attention(
             "decay_attention: scale must be a number known when tracing: got a traced value; "
             "multiply query by it and pass scale=1.0"
         )
+    poison = None
+    if reset is not None:
+        bad = is_bad(query) | is_bad(key) | is_bad(value)
+        if log_decay.ndim == 3:
+            bad |= is_bad(log_decay, allow_minus_inf=True)
+        poison = find_poison(bad, reset, state)
+        query, key, value = (poison.clean(x) for x in (query, key, value))
+        log_decay = poison.clean(log_decay) if log_decay.ndim == 3 else log_decay
+        state = poison.clean_state(state)
     arrays = (query, key, value, log_decay)
     facts = facts_of(*arrays, for_training, state=state, reset=reset)
     name = implementation
@@ -145,7 +157,8 @@ def decay_attention(
         out, last = _on_mesh(run, (query, key, value, log_decay, state, resets), scale)
     else:
         out, last = run(query, key, value, log_decay, state, reset=resets, scale=scale)
-    return out.astype(value.dtype), last
+    out = out.astype(value.dtype)
+    return (out, last) if poison is None else (poison.spread(out), poison.spread_state(last))
 
 
 def _on_mesh(run: Any, arrays: tuple[Any, ...], scale: float) -> tuple[Array, Array]:
@@ -161,6 +174,7 @@ def _on_mesh(run: Any, arrays: tuple[Any, ...], scale: float) -> tuple[Array, Ar
     return by_rows_and_heads(here, arrays, dims, ("b.h.", "bh.."))
 
 
+@checked
 def decay_attention_step(
     query: Float[Array, "batch query_heads key"],
     key: Float[Array, "batch key_heads key"],
@@ -199,7 +213,9 @@ def decay_attention_step(
     query, key, value = (share_heads(x[:, None], heads)[:, 0] for x in (query, key, value))
     if log_decay.shape[-1] != heads:
         log_decay = jnp.repeat(log_decay, heads // log_decay.shape[-1], axis=-1)
-    reset = None if reset is None else reset[:, None]
+    if reset is not None:  # what is cleared is chosen away: 0 times a NaN would stay
+        state = jnp.where(reset[:, None, None, None], 0, state)
+        reset = reset[:, None]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return chosen.run(query, key, value, log_decay, state, reset=reset, scale=scale)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
 
@@ -49,6 +50,7 @@ def init_memory_state(
     )
 
 
+@checked
 def associative_read(
     features: Float[Array, "*batch tokens features"],
     state: MemoryState,
@@ -73,6 +75,7 @@ def associative_read(
     return _recall(features, state, use_denominator, eps)[0].astype(features.dtype)
 
 
+@checked
 def associative_write(
     features: Float[Array, "*batch tokens features"],
     value: Float[Array, "*batch tokens value"],

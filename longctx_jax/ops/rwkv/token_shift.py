@@ -2,9 +2,11 @@
 
 import jax.numpy as jnp
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.typing import Array, Bool, Float
 
 
+@checked
 def shift_tokens(
     x: Float[Array, "batch seq model"],
     last: Float[Array, "batch model"] | None = None,

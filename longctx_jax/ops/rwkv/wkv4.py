@@ -15,8 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.dispatch import Implementation
 from longctx_jax.ops.products import accumulator
+from longctx_jax.ops.quarantine import find_poison, is_bad
 from longctx_jax.ops.recurrence import (
     choose_form,
     is_one_step,
@@ -40,11 +42,13 @@ class WKV4State(NamedTuple):
 
 
 def init_wkv4_state(batch_size: int, d_model: int, dtype: DType = jnp.float32) -> WKV4State:
-    """Returns the state before any token."""
-    zeros = jnp.zeros((batch_size, d_model), dtype)
-    return WKV4State(zeros, zeros, jnp.full_like(zeros, NEVER))
+    """Returns the state before any token: three buffers, which may be donated."""
+    shape = (batch_size, d_model)
+    zeros = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return WKV4State(*zeros, jnp.full(shape, NEVER, dtype))
 
 
+@checked
 def wkv4(
     key: Float[Array, "batch seq model"],
     value: Float[Array, "batch seq model"],
@@ -85,8 +89,14 @@ def wkv4(
         state = init_wkv4_state(key.shape[0], key.shape[2], dtype)
     wide = (x.astype(dtype) for x in (key, value, decay_rate, bonus))
     before = WKV4State(*(x.astype(dtype) for x in state))
-    out, last = run(*wide, before, reset, chunk_len)
-    return out.astype(value.dtype), last
+    if reset is None:
+        out, last = run(*wide, before, reset, chunk_len)
+        return out.astype(value.dtype), last
+    poison = find_poison(is_bad(key) | is_bad(value), reset, before)
+    key, value, *weights = wide
+    tokens = (poison.clean(key), poison.clean(value))
+    out, last = run(*tokens, *weights, poison.clean_state(before), reset, chunk_len)
+    return poison.spread(out.astype(value.dtype)), WKV4State(*poison.spread_state(tuple(last)))
 
 
 def _recurrent(key, value, decay_rate, bonus, state, reset, chunk_len):

@@ -19,10 +19,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.decay.chunks import join, split
 from longctx_jax.ops.decay.powers import FORGETS_ALL, LogSums, log_sums
 from longctx_jax.ops.dispatch import Implementation
 from longctx_jax.ops.products import accumulator, product
+from longctx_jax.ops.quarantine import find_poison, is_bad
 from longctx_jax.ops.recurrence import choose_form, is_one_step, require_chunk_len, time_first
 from longctx_jax.typing import Array, Bool, Float
 
@@ -30,6 +32,7 @@ CHUNK_LEN = 32  # tokens
 RUN_LEN = 8  # tokens, at most: pairs within a run are not matrix products
 
 
+@checked
 def wkv6(
     receptance: Float[Array, "batch seq heads key"],
     key: Float[Array, "batch seq heads key"],
@@ -71,9 +74,18 @@ def wkv6(
     if state is None:
         batch, _, heads, d_key = key.shape
         state = jnp.zeros((batch, heads, d_key, value.shape[-1]), dtype)
+    poison = None
+    if reset is not None:
+        bad = is_bad(receptance) | is_bad(key) | is_bad(value)
+        poison = find_poison(bad | is_bad(log_decay, allow_minus_inf=True), reset, state)
+        tokens = (receptance, key, value, log_decay)
+        receptance, key, value, log_decay = (poison.clean(x) for x in tokens)
+        state = poison.clean_state(state)
+    assert state is not None
     wide = (log_decay.astype(dtype), bonus.astype(dtype), state.astype(dtype))
     out, last = run(receptance, key, value, *wide, reset, chunk_len)
-    return out.astype(value.dtype), last
+    out = out.astype(value.dtype)
+    return (out, last) if poison is None else (poison.spread(out), poison.spread_state(last))
 
 
 def _recurrent(receptance, key, value, log_decay, bonus, state, reset, chunk_len):

@@ -14,8 +14,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.dispatch import Implementation
 from longctx_jax.ops.products import accumulator
+from longctx_jax.ops.quarantine import find_poison, is_bad
 from longctx_jax.ops.recurrence import (
     Facts,
     choose_form,
@@ -30,6 +32,7 @@ from longctx_jax.typing import Array, Bool, Float
 CHUNK_LEN = 64  # tokens
 
 
+@checked
 def selective_scan(
     u: Float[Array, "batch seq model"],
     delta: Float[Array, "batch seq model"],
@@ -68,14 +71,21 @@ def selective_scan(
     """
     require_chunk_len("selective_scan", chunk_len)
     run = choose_form("selective_scan", FORMS, implementation, u.shape[1])
-    dtype = accumulator(u, delta, b, c)
+    dtype, u_dtype = accumulator(u, delta, b, c), u.dtype
     if state is None:
         state = jnp.zeros((u.shape[0], *a.shape), dtype)
     wide = [x.astype(dtype) for x in (u, delta, a, b, c, state)]
+    poison = None
+    if reset is not None:
+        poison = find_poison(is_bad(u) | is_bad(delta) | is_bad(b) | is_bad(c), reset, state)
+        u, delta, a, b, c, state = wide
+        u, delta, b, c = (poison.clean(x) for x in (u, delta, b, c))
+        wide = [u, delta, a, b, c, poison.clean_state(state)]
     y, last = run(*wide, reset, chunk_len)
     if d is not None:
         y += d.astype(dtype) * wide[0]
-    return y.astype(u.dtype), last
+    y = y.astype(u_dtype)
+    return (y, last) if poison is None else (poison.spread(y), poison.spread_state(last))
 
 
 def _recurrent(u, delta, a, b, c, state, reset, chunk_len):

@@ -8,6 +8,7 @@ delta a, and every algorithm and kernel of it serves.
 Source: Dao & Gu (2024), arXiv 2405.21060.
 """
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.decay import decay_attention
 from longctx_jax.ops.products import accumulator
 from longctx_jax.typing import Array, Bool, Float
@@ -15,6 +16,7 @@ from longctx_jax.typing import Array, Bool, Float
 CHUNK_LEN = 64  # tokens
 
 
+@checked
 def ssd(
     u: Float[Array, "batch seq heads value"],
     delta: Float[Array, "batch seq heads"],

@@ -126,8 +126,8 @@ def code_statistics(
         counted = counted * weights[..., None].astype(dtype)
     slots = (jnp.arange(heads) * n_codes + codes).reshape(-1)
     counts = jnp.zeros(heads * n_codes, dtype).at[slots].add(counted.reshape(-1))
-    weighted = (vectors * counted[..., None]).reshape(-1, width)
-    sums = jnp.zeros((heads * n_codes, width), dtype).at[slots].add(weighted)
+    added = jnp.where(counted[..., None] == 0, 0, vectors * counted[..., None])
+    sums = jnp.zeros((heads * n_codes, width), dtype).at[slots].add(added.reshape(-1, width))
     return CodeStatistics(counts.reshape(heads, n_codes), sums.reshape(heads, n_codes, width))
 
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
+from longctx_jax.ops.checked import checked
 from longctx_jax.ops.dispatch import (
     Implementation,
     capability,
@@ -19,8 +18,11 @@ from longctx_jax.ops.dispatch import (
     platform,
 )
 from longctx_jax.ops.partition import by_rows
+from longctx_jax.ops.products import accumulator
+from longctx_jax.ops.quarantine import Poison, find_poison, is_bad
 from longctx_jax.ops.vq import linear
 from longctx_jax.ops.vq.blocks import Rules, attend_blocks
+from longctx_jax.ops.vq.checks import require_codebook, require_documents, require_shapes
 from longctx_jax.ops.vq.codebook import quantize, search_codes
 from longctx_jax.ops.vq.state import Tokens, VQState, as_tokens, init_vq_state
 from longctx_jax.ops.vq.step import step
@@ -103,6 +105,7 @@ SEARCHES = (
 )
 
 
+@checked
 def nearest_code(
     vectors: Float[Array, "*batch heads key"],
     codebook: Float[Array, "code_heads codes code_key"],
@@ -127,7 +130,7 @@ def nearest_code(
 
     Cost: 2 vectors heads codes key flops.
     """
-    _require_codebook(vectors.shape[-2:], codebook.shape)
+    require_codebook(vectors.shape[-2:], codebook.shape)
     facts = SearchFacts(
         platform=platform(),
         capability=capability(),
@@ -138,7 +141,11 @@ def nearest_code(
         n_codes=codebook.shape[1],
     )
     chosen = choose("nearest_code", SEARCHES, implementation, facts)
-    fixed = jax.lax.stop_gradient((vectors, codebook))
+    # Distances do not change with the origin, and their rounding does: |C|^2 - 2 x C of vectors and
+    # codewords that all lie far from 0 has lost what tells the codewords apart.
+    origin = jnp.mean(codebook.astype(accumulator(vectors, codebook)), axis=1)
+    fixed = (vectors - origin).astype(vectors.dtype), (codebook - origin[:, None])
+    fixed = jax.lax.stop_gradient((fixed[0], fixed[1].astype(codebook.dtype)))
     if chosen.name in ON_GPU and vectors.ndim > 2:
         codes = by_rows(chosen.run, *fixed)
     else:
@@ -146,6 +153,7 @@ def nearest_code(
     return codes, quantize(vectors, codebook, codes).squared_error
 
 
+@checked
 def vq_attention(
     query: Float[Array, "batch seq heads key"],
     key: Float[Array, "batch key_seq kv_heads key"],
@@ -204,8 +212,8 @@ def vq_attention(
     """
     batch, seq, heads, d_key = query.shape
     window_len = window_len or (512 if state is None else state.window_len)
-    _require_shapes(query, key, value, codebook, state, codes, relative_bias, window_len)
-    _require_documents(documents, (batch, seq))
+    require_shapes(query, key, value, codebook, state, codes, relative_bias, window_len)
+    require_documents(documents, (batch, seq))
     if reduction not in ("auto", *SUM_TABLES):
         raise ValueError(
             f"vq_attention: reduction must be one of {['auto', *SUM_TABLES]}: got {reduction!r}; "
@@ -218,6 +226,10 @@ def vq_attention(
             "config.model.vq.block_len"
         )
     block_len = block_len or choose_block_len(window_len)
+    poison = None
+    if documents is not None:
+        poison = _poison(query, key, value, documents, state)
+        query, key, value = (poison.clean(x) for x in (query, key, value))
     if codes is None:
         codes, _ = nearest_code(key, codebook, implementation=search)
     quantized = quantize(key, codebook, codes)
@@ -234,6 +246,7 @@ def vq_attention(
     if seq == 1 and implementation == "auto":
         options = {"relative_bias": relative_bias, "rules": rules}
         out, state = step(query, tokens, codebook, state, **options)
+        out = out if poison is None else poison.spread(out)
         return VQOutput(out, state, codes, quantized.squared_error)
 
     facts = Facts(
@@ -284,7 +297,19 @@ def vq_attention(
         out, after = by_rows(attend, rows, codebook)
     else:
         out, after = attend(rows, codebook)
+    out = out if poison is None else poison.spread(out)
     return VQOutput(out, after, codes, quantized.squared_error)
+
+
+def _poison(query, key, value, documents, state: VQState | None) -> Poison:
+    """Returns what tokens of this call that are not finite reach; they do not enter the state."""
+    before = documents[:, :1]
+    if state is not None:
+        newest = jnp.max(state.documents, axis=1, keepdims=True)
+        before = jnp.where(newest < 0, before, newest)
+    previous = jnp.concatenate([before, documents[:, :-1]], axis=1)
+    bad = is_bad(query) | is_bad(key) | is_bad(value)
+    return find_poison(bad, documents != previous)
 
 
 def choose_block_len(window_len: int) -> int:
@@ -295,83 +320,3 @@ def choose_block_len(window_len: int) -> int:
     """
     longest = LONGEST_BLOCK.get(platform(), LONGEST_BLOCK_ELSEWHERE)
     return min(longest, max(SHORTEST_BLOCK, window_len))
-
-
-def _require_codebook(vectors: tuple[int, ...], codebook: tuple[int, ...]) -> None:
-    if (codebook[0], codebook[2]) != tuple(vectors) or codebook[1] < 1:
-        raise ValueError(
-            "the codebook must be [heads, codes, key] of the vectors' heads and width "
-            f"{tuple(vectors)}: got {tuple(codebook)}; one codebook a key head"
-        )
-
-
-def _require_documents(documents, shape: tuple[int, int]) -> None:
-    """Raises unless they are one id a token, and none negative where the values are known."""
-    if documents is None:
-        return
-    if documents.shape != shape:
-        raise ValueError(
-            f"vq_attention: documents must be [batch, seq] = {shape}: got {documents.shape}"
-        )
-    if not isinstance(documents, Tracer) and np.any(np.asarray(documents) < 0):
-        raise ValueError(
-            f"vq_attention: documents must not be negative: got {int(np.min(documents))}; give "
-            "padding a document of its own"
-        )
-
-
-def _require_shapes(query, key, value, codebook, state, codes, relative_bias, window_len) -> None:
-    _require_codebook(key.shape[2:], codebook.shape)
-    if query.shape[1] == 0:
-        raise ValueError("vq_attention: needs a token: got a sequence of length 0")
-    tokens = {"key": key, "value": value, "codes": codes, "relative_bias": relative_bias}
-    for name, array in tokens.items():
-        if array is not None and array.shape[:2] != query.shape[:2]:
-            raise ValueError(
-                f"vq_attention: {name} must have the batch and tokens of query, {query.shape[:2]}: "
-                f"got {array.shape}"
-            )
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"vq_attention: value must have the heads of key, {key.shape[2]}: got {value.shape}"
-        )
-    if codes is not None and codes.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"vq_attention: codes must have the heads of key, {key.shape[2]}: got {codes.shape}"
-        )
-    if relative_bias is not None and relative_bias.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"vq_attention: relative_bias must have the heads of query, {query.shape[2]}: got "
-            f"{relative_bias.shape}"
-        )
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"vq_attention: query heads must be a multiple of key heads: got {query.shape[2]} and "
-            f"{key.shape[2]}; set config.model.n_kv_heads to a divisor of config.model.n_heads"
-        )
-    if window_len < 1:
-        raise ValueError(
-            f"vq_attention: window_len must be at least 1: got {window_len}; set "
-            "config.model.vq.window_len"
-        )
-    if relative_bias is not None and relative_bias.shape[-1] > window_len + 1:
-        raise ValueError(
-            "vq_attention: relative_bias must list distances 0 .. window_len at most: got "
-            f"{relative_bias.shape[-1]} with window_len={window_len}; shorten it or widen "
-            "the window"
-        )
-    if state is None:
-        return
-    batch, kv_heads = query.shape[0], key.shape[2]
-    wanted = {
-        "key": (batch, window_len, kv_heads, key.shape[-1]),
-        "value": (batch, window_len, kv_heads, value.shape[-1]),
-        "table.mean": (batch, kv_heads, codebook.shape[1], value.shape[-1]),
-    }
-    given = {"key": state.key, "value": state.value, "table.mean": state.table.mean}
-    for name, shape in wanted.items():
-        if given[name].shape != shape:
-            raise ValueError(
-                f"vq_attention: state.{name} must be {shape}: got {given[name].shape}; make the "
-                "state with init_vq_state of the same sizes"
-            )

@@ -152,15 +152,15 @@ def transnormer_llm(variables, tokens, c, sg):
 def minimax_01(variables, tokens, c, sg):
     """MiniMax-01, arXiv 2501.08313, as in the public code: silu on values too, a sigmoid gate.
 
-    One RMSNorm with gains spans all heads (the model's gains of one head are repeated here), and
-    the slopes fall with depth as 1 - l / (L - 1) + 1e-5.
+    One RMSNorm with gains spans all heads, and the slopes fall with depth as
+    1 - l / (L - 1 + 1e-5) + 1e-5.
     """
     del sg
 
     def mix(p, x, l):
         slopes = decays("lightning", "constant", c["n_heads"], l, c["n_layers"])
-        log_gamma = slopes * (1.0 - l / (c["n_layers"] - 1.0) + 1e-5)
-        gain = np.tile(p["head_norm"]["scale"], c["n_heads"])
+        log_gamma = slopes * (1.0 - l / (c["n_layers"] - 1.0 + 1e-5) + 1e-5)
+        gain = p["head_norm"]["scale"]
         return lightning_layer(p, x, c, log_gamma, silu, gain, sigmoid)
 
     return common.decoder(variables["params"], tokens, c, "decay", mix)

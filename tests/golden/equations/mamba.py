@@ -4,7 +4,8 @@ Gu & Dao (2023), arXiv 2312.00752, eq. 2, algorithm 2 and section 3.4; Dao & Gu 
 2405.21060, sections 3 and 7. Of the discretisations the one of the public code: A by zero-order
 hold, exp(Delta A), and B by Euler's rule, Delta B (the first paper's eq. 4 has zero-order hold for
 B too). The gated norm of Mamba-2 is the public code's: RMSNorm(y * silu(z)), eps 1e-5, over each
-of the n_groups groups of channels by itself.
+of the n_groups groups of channels by itself; its options are the gate after the norm
+(norm_before_gate) and bounds of the step (dt_limit).
 """
 
 import numpy as np
@@ -43,6 +44,8 @@ def mamba_2(p, x, o):
     b = ubc[:, d_inner : d_inner + groups * n].reshape(len(x), groups, n)
     c = ubc[:, d_inner + groups * n :].reshape(len(x), groups, n)
     delta = softplus(x @ p["step"]["kernel"] + p["step_bias"])
+    if o.get("min_step") or o.get("max_step"):
+        delta = np.minimum(np.maximum(delta, o.get("min_step", 0.0)), o.get("max_step") or np.inf)
     a = -np.exp(p["log_rate"])
     y = np.empty_like(u)
     for head in range(n_heads):
@@ -52,9 +55,10 @@ def mamba_2(p, x, o):
             h = np.exp(delta[t, head] * a[head]) * h
             h = h + delta[t, head] * np.outer(b[t, g], u[t, head])
             y[t, head] = c[t, g] @ h + p["skip"][head] * u[t, head]
-    gated = (y.reshape(len(x), -1) * silu(z)).reshape(len(x), groups, -1)
-    normed = common.rms_norm(gated, eps=1e-5).reshape(len(x), -1) * p["norm"]["scale"]
-    return normed @ p["out"]["kernel"]
+    late = o.get("norm_before_gate", False)
+    y = y.reshape(len(x), -1) * (1.0 if late else silu(z))
+    normed = common.rms_norm(y.reshape(len(x), groups, -1), eps=1e-5).reshape(len(x), -1)
+    return (normed * p["norm"]["scale"] * (silu(z) if late else 1.0)) @ p["out"]["kernel"]
 
 
 def language_model(variables, tokens, c, sg):
