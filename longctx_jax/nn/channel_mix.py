@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from longctx_jax.nn.contract import Documents
 from longctx_jax.nn.mlp import dense
+from longctx_jax.nn.norms import per_channel
 from longctx_jax.ops.rwkv import shift_tokens
 
 
@@ -64,4 +65,4 @@ def learned(module: nn.Module, name: str, start: jax.Array) -> jax.Array:
 
 def blend(module: nn.Module, x, change, name: str, start: jax.Array, extra: Any = 0.0):
     """Returns x + change * (a learned share a channel + extra); float32 or wider."""
-    return x + change * (learned(module, f"shift_{name}", start) + extra)
+    return x + change * (per_channel(learned(module, f"shift_{name}", start), x) + extra)

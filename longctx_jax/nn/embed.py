@@ -32,7 +32,8 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings, [batch, seq] -> [batch, seq, d_model]; NaN of no token's id."""
-        table = everywhere(self.table)  # gathered once: rows would else be gathered a token
+        # Gathered once: rows would else be gathered a token.
+        table = jnp.asarray(everywhere(self.table))
         places = jnp.where(tokens < 0, self.vocab_size, tokens)  # else counted from the end
         rows = table.at[places].get(mode="fill", fill_value=jnp.nan)
         return (rows * self.scale).astype(self.dtype)

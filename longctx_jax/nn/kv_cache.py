@@ -84,7 +84,7 @@ def extend(cache: KVCache, key: jax.Array, value: jax.Array, documents: jax.Arra
     """
     batch, seq = key.shape[:2]
     kept = min(seq, cache.capacity)
-    positions = cache.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)
+    positions = cache.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)[None]
     rows = jnp.arange(batch)[:, None]
     slots = positions % cache.capacity
 
@@ -146,7 +146,7 @@ def cached_attention(
         return out, None
     assert documents is not None
     seq, capacity = query.shape[1], cache.capacity
-    positions = cache.position[:, None] + jnp.arange(seq, dtype=jnp.int32)
+    positions = cache.position[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
     if cache.is_lent:
         kept: Any = NewTokens(key, value, documents.index)
     else:

@@ -5,6 +5,11 @@ import jax
 import jax.numpy as jnp
 
 
+def per_channel(weights: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns weights [width] with the axes of `like` [..., width]: no rank is promoted."""
+    return weights.reshape(*[1] * (like.ndim - 1), -1)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale, over the last axis, or over n_groups equal parts of it.
 
@@ -25,7 +30,9 @@ class RMSNorm(nn.Module):
         y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         y = y.reshape(x.shape)
         if self.use_scale:
-            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+            y = y * per_channel(
+                self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32), y
+            )
         return y.astype(self.dtype)
 
 
@@ -45,8 +52,10 @@ class LayerNorm(nn.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(centred**2, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.eps)
-        y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = y * per_channel(scale, y)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        y = y + per_channel(bias, y)
         return y.astype(self.dtype)
 
 

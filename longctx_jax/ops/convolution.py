@@ -53,7 +53,7 @@ def short_convolution(
     y = jnp.zeros_like(x)
     for back in range(past + 1):
         first = past - back
-        term = padded[:, first : first + seq] * kernel[back].astype(x.dtype)
+        term = padded[:, first : first + seq] * kernel[back].astype(x.dtype)[None, None]
         if documents is not None and back:
             is_same = all_documents[:, first : first + seq] == documents
             term = jnp.where(is_same[..., None], term, 0)

@@ -93,7 +93,8 @@ def position_angles(
     for i in range(_DIGITS):
         digit = (positions // _RADIX**i) % _RADIX
         unit = np.remainder(frequencies * _RADIX**i + math.pi, 2 * math.pi) - math.pi
-        angles += digit.astype(jnp.float32)[..., None] * unit.astype(np.float32)
+        units = unit.astype(np.float32).reshape(*[1] * digit.ndim, -1)
+        angles += digit.astype(jnp.float32)[..., None] * units
     return angles
 
 

@@ -12,6 +12,7 @@ from absl import logging
 from longctx_jax import json_files, run_files
 from longctx_jax.models import build_model
 from longctx_jax.models.decoder import Decoder
+from longctx_jax.nn.mixers.registry import MIXERS
 from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
 from longctx_jax.training.curriculum import check_curriculum
 from longctx_jax.training.state import TrainState
@@ -52,7 +53,7 @@ def require_same_config(workdir: pathlib.Path, config: Any) -> None:
         changed = {
             name: (before.get(name), now.get(name))
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and not _is_new_and_off(name, before, now)
+            if before.get(name) != now.get(name) and not _is_new_and_usual(name, before, now)
         }
         fixed = {n: v for n, v in changed.items() if not n.startswith(FREE_FIELDS)}
         if fixed:
@@ -65,9 +66,18 @@ def require_same_config(workdir: pathlib.Path, config: Any) -> None:
             logging.warning("config.%s was %r and is %r from here on", name, was, value)
 
 
-def _is_new_and_off(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a field is one that earlier versions lack, and is off: 0, "" and () mean that."""
-    return name not in before and not now[name]
+def _is_new_and_usual(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a field is one that earlier versions lack, and means what they did.
+
+    It is off (0, "", ()), or of a mixer and at its default.
+    """
+    if name in before:
+        return False
+    group, _, rest = name.partition(".")
+    kind, _, field = rest.partition(".")
+    if group == "model" and kind in MIXERS:
+        return now[name] == getattr(MIXERS[kind].config(), field, None)
+    return not now[name]
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

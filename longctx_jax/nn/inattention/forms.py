@@ -342,7 +342,7 @@ def _newest_document(documents: Documents) -> jax.Array:
     """Returns the number of the document before the call's first token, int32 [batch, 1]."""
     if documents.reset is None:
         return documents.index[:, :1]
-    return documents.index[:, :1] - documents.reset[:, :1]
+    return documents.index[:, :1] - documents.reset[:, :1].astype(jnp.int32)
 
 
 def _merge(first: Partial, *others: Partial) -> jax.Array:

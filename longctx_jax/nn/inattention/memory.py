@@ -76,7 +76,7 @@ def init_place(batch_size: int) -> Place:
 
 def walk(place: Place, documents: Documents, seq: int) -> tuple[jax.Array, jax.Array, Place]:
     """Returns positions and their documents' starts, int32 [batch, seq], and the place after."""
-    positions = place.position[:, None] + jnp.arange(seq, dtype=jnp.int32)
+    positions = place.position[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
     starts = jnp.broadcast_to(place.start[:, None], positions.shape)
     if documents.reset is not None:
         own = jnp.where(documents.reset, positions, starts)
@@ -90,7 +90,7 @@ def slot_positions(place: Place, capacity: int) -> jax.Array:
     NEVER for a slot that is empty or holds a token of an older document.
     """
     last = place.position[:, None] - 1
-    age = (last - jnp.arange(capacity, dtype=jnp.int32)) % capacity
+    age = (last - jnp.arange(capacity, dtype=jnp.int32)[None]) % capacity
     positions = last - age
     return jnp.where(positions >= place.start[:, None], positions, NEVER)
 
@@ -100,7 +100,7 @@ def write(ring: jax.Array, new: jax.Array, place: Place) -> jax.Array:
     batch, seq = new.shape[:2]
     capacity = ring.shape[1]
     kept = min(seq, capacity)
-    positions = place.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)
+    positions = place.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)[None]
     rows = jnp.arange(batch)[:, None]
     new = new[:, seq - kept :].astype(ring.dtype)
     return ring.at[rows, positions % capacity].set(new, unique_indices=True)

@@ -253,7 +253,7 @@ class DecayAttention(nn.Module):
         open_at = GATE_TEMPERATURE * table
         start = jnp.asarray(open_at - np.log(-np.expm1(open_at)), jnp.float32)
         bias = self.param("decay_bias", lambda key: start[layer])
-        logits = dense(sizes.n_heads, str(wide), "decay_gate")(x.astype(wide)) + bias
+        logits = dense(sizes.n_heads, str(wide), "decay_gate")(x.astype(wide)) + bias[None, None]
         return jax.nn.log_sigmoid(logits) / GATE_TEMPERATURE
 
     def init_cache(self, batch_size: int, max_len: int) -> DecayCache:

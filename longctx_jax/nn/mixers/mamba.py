@@ -180,7 +180,7 @@ class Mamba(nn.Module):
         shape = (config.step_rank, self.d_inner)
         up = self.param("step_up", up_start, shape, jnp.float32)
         bias = self.param("step_bias", step_bias_start, (self.d_inner,), jnp.float32)
-        delta = jax.nn.softplus(low.astype(wide) @ up + bias)
+        delta = jax.nn.softplus(low.astype(wide) @ up + bias[None, None])
 
         def rate_start(key):
             rates = jnp.arange(1, config.d_state + 1, dtype=jnp.float32)
@@ -199,7 +199,7 @@ class Mamba(nn.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         u, b, c = jnp.split(mixed, [self.d_inner, self.d_inner + shared], axis=-1)
         bias = self.param("step_bias", step_bias_start, (heads,), jnp.float32)
-        delta = jax.nn.softplus(dense(heads, str(wide), "step")(x.astype(wide)) + bias)
+        delta = jax.nn.softplus(dense(heads, str(wide), "step")(x.astype(wide)) + bias[None, None])
         if config.min_step or config.max_step:
             delta = jnp.clip(delta, config.min_step, config.max_step or None)
 
@@ -238,7 +238,7 @@ class Mamba(nn.Module):
             )
             indices = jnp.concatenate([cache.history_documents, documents.index], axis=1)
             kept = history, indices[:, x.shape[1] :]
-        return jax.nn.silu(y + bias.astype(x.dtype)), kept
+        return jax.nn.silu(y + bias.astype(x.dtype)[None, None]), kept
 
     @property
     def _conv_width(self) -> int:

@@ -54,7 +54,7 @@ class RWKVCache:
 
 def _zigzag(width: int) -> jax.Array:
     """Returns -1, 0, 1 repeated, so that neighbouring channels differ."""
-    return (jnp.arange(width) + 1) % 3 - 1.0
+    return (jnp.arange(width, dtype=jnp.float32) + 1) % 3 - 1.0
 
 
 def _decay_start(width: int, depth: jax.Array, low: float, span: float) -> jax.Array:
@@ -198,7 +198,7 @@ class RWKVTimeMix(nn.Module):
         down = self.param("decay_down", nn.initializers.zeros, shape, jnp.float32)
         up = self.param("decay_up", _small, (config.decay_rank, width), jnp.float32)
         wide = mixed.astype(jnp.promote_types(mixed.dtype, jnp.float32))
-        return -jnp.exp(start + jnp.tanh(wide @ down) @ up)
+        return -jnp.exp(start[None, None] + jnp.tanh(wide @ down) @ up)
 
     def init_cache(self, batch_size: int, max_len: int) -> RWKVCache:
         """Returns an empty cache; max_len does not matter.
@@ -224,12 +224,12 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises [..., heads, width] in float32; the result has the dtype of the module."""
+        """Normalises [batch, seq, heads, width] in float32; the result has the module's dtype."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.eps)
-        y = y * self.param("scale", nn.initializers.ones, x.shape[-2:], jnp.float32)
-        y = y + self.param("bias", nn.initializers.zeros, x.shape[-2:], jnp.float32)
+        y = y * self.param("scale", nn.initializers.ones, x.shape[-2:], jnp.float32)[None, None]
+        y = y + self.param("bias", nn.initializers.zeros, x.shape[-2:], jnp.float32)[None, None]
         return y.astype(self.dtype)
 
 

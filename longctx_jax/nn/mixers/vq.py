@@ -213,7 +213,7 @@ class VQAttention(nn.Module):
         kernel = Kernel(sizes.n_kv_heads * sizes.d_key, sizes.dtype, name="relative")(sizes.d_model)
         kernel = unit * kernel.reshape(sizes.d_model, sizes.n_kv_heads, sizes.d_key)
         group = sizes.n_heads // sizes.n_kv_heads
-        place_query = query + (unit * place).astype(query.dtype)
+        place_query = query + (unit * place).astype(query.dtype)[None, None]
         place_query = place_query.reshape(batch, seq, sizes.n_kv_heads, group, sizes.d_key)
         of_rows = n_distances * sizes.n_kv_heads * sizes.d_key * sizes.d_model
         of_rows += batch * seq * sizes.n_heads * sizes.d_key * n_distances
@@ -225,7 +225,7 @@ class VQAttention(nn.Module):
             rows = jnp.einsum("md,dhk->mhk", waves, kernel)
             bias = jnp.einsum("bthgk,mhk->bthgm", place_query, rows)
         bias = bias.reshape(batch, seq, sizes.n_heads, n_distances)
-        return query + (unit * content).astype(query.dtype), bias
+        return query + (unit * content).astype(query.dtype)[None, None], bias
 
     def _report(self, key: jax.Array, result: Any, documents: Documents | None) -> Aux:
         """Commitment loss, relative error and codebook statistics, summed over counted tokens."""

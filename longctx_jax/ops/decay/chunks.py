@@ -84,7 +84,8 @@ def chunk_factors(log_decay: jax.Array, pieces: Pieces, chunk_len: int) -> Facto
         difference = sums.at(..., slice(None), None) - sums.at(..., None, slice(None))
         decay = jnp.where(is_past, jnp.exp(jnp.where(is_past, difference, 0.0)), 0.0)
     if pieces.document is not None:
-        decay = decay * (pieces.document[..., :, None] == pieces.document[..., None, :])
+        is_same = pieces.document[..., :, None] == pieces.document[..., None, :]
+        decay = jnp.where(is_same, decay, 0)
     return Factors(decay, *end_factors(log_decay, pieces, chunk_len))
 
 
@@ -96,7 +97,9 @@ def end_factors(
     if pieces.sums is None:
         length = pieces.length[..., None]
         read = decay_power(log_decay, time + 1)
-        write = jnp.moveaxis(decay_power(log_decay, length - 1 - time), 0, -2)
+        write = jnp.moveaxis(
+            decay_power(log_decay, length - 1 - time.reshape(*[1] * (length.ndim - 1), -1)), 0, -2
+        )
         forget = jnp.moveaxis(decay_power(log_decay, pieces.length), 0, -1)
     else:
         sums = pieces.sums
@@ -106,9 +109,9 @@ def end_factors(
     if pieces.document is not None:
         document, before = pieces.document, pieces.document_before
         assert before is not None
-        read = read * (document == before[..., None])
-        write = write * (document == document[..., -1:])
-        forget = forget * (document[..., -1] == before)
+        read = jnp.where(document == before[..., None], read, 0)
+        write = jnp.where(document == document[..., -1:], write, 0)
+        forget = jnp.where(document[..., -1] == before, forget, 0)
     return read, write, forget
 
 

@@ -162,8 +162,11 @@ def _decay_gradient(kept: _Kept, scale: float, cotangents) -> jax.Array:
             return jnp.moveaxis(x.reshape(x.shape[0], n_pieces, PIECE_LEN, *x.shape[2:]), 1, 0)
 
         state = initial_state(q, v, kept.state)
-        state, outs = jax.lax.scan(advance, state, jax.tree.map(split, tokens))
         rest = jax.tree.map(lambda x: x[:, n_pieces * PIECE_LEN :], tokens)
+        if n_pieces == 0:  # a loop of no step is refused without compilation
+            state, last = advance(state, rest)
+            return last, state
+        state, outs = jax.lax.scan(advance, state, jax.tree.map(split, tokens))
         state, last = advance(state, rest)
         outs = jnp.moveaxis(outs, 0, 1).reshape(last.shape[0], -1, *last.shape[2:])
         return jnp.concatenate([outs, last], axis=1), state

@@ -56,8 +56,9 @@ def decay_power(
     dtype = jnp.promote_types(log_decay.dtype, jnp.float32)
     log_decay = log_decay.astype(dtype).reshape(-1, *[1] * distance.ndim)
     steps = jnp.where(distance > 0, distance, 1).astype(dtype)
-    power = jnp.exp(log_decay * steps)
-    return jnp.where(distance > 0, power, (distance == 0).astype(dtype))
+    power = jnp.exp(log_decay * steps[None])
+    is_past, is_now = (distance > 0)[None], (distance == 0)[None]
+    return jnp.where(is_past, power, is_now.astype(dtype))
 
 
 def separate_resets(

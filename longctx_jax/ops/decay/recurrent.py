@@ -31,7 +31,7 @@ def step(
     else:
         decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
     if reset is not None:
-        decay = decay * jnp.logical_not(reset)
+        decay = jnp.where(reset, 0, decay)
     update = key.astype(dtype)[..., None] * value.astype(dtype)[..., None, :]
     state = decay[..., None, None] * state.astype(dtype) + update
     out = scale * jnp.einsum("bhk,bhkv->bhv", query.astype(dtype), state)

@@ -33,8 +33,9 @@ def decay_attention_reference(
     decay, read = _products(log_decay, seq)
     if reset is not None:
         document = jnp.moveaxis(document_index(reset), 1, 2)  # [batch, heads or 1, seq]
-        decay = decay * (document[..., :, None] == document[..., None, :])
-        read = read * (document == 0)
+        is_same = document[..., :, None] == document[..., None, :]
+        decay = jnp.where(is_same, decay, 0)
+        read = jnp.where(document == 0, read, 0)
     write, forget = decay[..., -1, :], read[..., -1]
 
     scores = jnp.einsum("bthk,bshk->bhts", query, key) * decay

@@ -153,8 +153,9 @@ def _chunked(key, value, decay_rate, bonus, state, reset, chunk_len):
 def _read(state: WKV4State, key: jax.Array, value: jax.Array, bonus: jax.Array) -> jax.Array:
     """Returns the average over the state and the current token."""
     # The result does not depend on the scale: neither need its gradient.
-    scale = jax.lax.stop_gradient(jnp.maximum(state.log_scale, bonus + key))
-    past, now = jnp.exp(state.log_scale - scale), jnp.exp(bonus + key - scale)
+    now = bonus.reshape(*[1] * (key.ndim - 1), -1) + key
+    scale = jax.lax.stop_gradient(jnp.maximum(state.log_scale, now))
+    past, now = jnp.exp(state.log_scale - scale), jnp.exp(now - scale)
     return (past * state.numerator + now * value) / (past * state.denominator + now)
 
 
@@ -165,6 +166,8 @@ def _write(state: WKV4State, key: jax.Array, value: jax.Array, log_decay: jax.Ar
 
 def _merge(early: WKV4State, log_decay: jax.Array, late: WKV4State) -> WKV4State:
     """Returns the sum of a state that then decays and the state of what came meanwhile."""
+    if log_decay.ndim == 1:  # the same for all rows
+        log_decay = log_decay.reshape(*[1] * (early.log_scale.ndim - 1), -1)
     kept = early.log_scale + log_decay
     scale = jax.lax.stop_gradient(jnp.maximum(kept, late.log_scale))
     old, new = jnp.exp(kept - scale), jnp.exp(late.log_scale - scale)

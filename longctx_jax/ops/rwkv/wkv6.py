@@ -99,7 +99,7 @@ def _recurrent(receptance, key, value, log_decay, bonus, state, reset, chunk_len
         if reset is not None:
             state = jnp.where(reset[:, None, None, None], 0, state)
         written = key[..., :, None] * value[..., None, :]
-        out = jnp.einsum("bhk,bhkv->bhv", receptance, state + bonus[..., None] * written)
+        out = jnp.einsum("bhk,bhkv->bhv", receptance, state + bonus[None, ..., None] * written)
         return jnp.exp(log_decay)[..., None] * state + written, out
 
     state, out = jax.lax.scan(step, state, (*tokens, resets))
@@ -143,13 +143,14 @@ def _chunk(state, tokens, *, bonus, run_len):
     scores = _scores(receptance, key, sums, run_len, dtype)
     if document is not None:
         is_same = document[:, :, None] == document[:, None, :]
-        scores = scores * is_same[:, None]
+        scores = jnp.where(is_same[:, None], scores, 0)
         is_old = document == 0  # still the document of the token before the chunk
-        read = read * is_old[:, None, :, None]
-        write = write * (document == document[:, -1:])[:, None, :, None]
-        keep = keep * is_old[:, -1][:, None, None, None]
+        read = jnp.where(is_old[:, None, :, None], read, 0)
+        is_last = document == document[:, -1:]
+        write = jnp.where(is_last[:, None, :, None], write, 0)
+        keep = jnp.where(is_old[:, -1][:, None, None, None], keep, 0)
 
-    now = jnp.sum(receptance * bonus[:, None] * key, axis=-1, keepdims=True, dtype=dtype)
+    now = jnp.sum(receptance * bonus[None, :, None] * key, axis=-1, keepdims=True, dtype=dtype)
     out = now * value
     out += product("bhts,bhsv->bhtv", scores.astype(narrow), value, dtype=dtype)
     out += product("bhtk,bhkv->bhtv", read.astype(narrow), state.astype(narrow), dtype=dtype)
@@ -195,7 +196,7 @@ def _scores(receptance, key, sums: LogSums, run_len: int, dtype) -> jax.Array:
     far = product("bhnik,bhnjk->bhnij", *narrow, dtype=dtype)
 
     same_run = jnp.eye(n_runs, dtype=dtype)[:, None, :, None]
-    near = (near[..., None, :] * same_run).reshape(far.shape)
+    near = (near[..., None, :] * same_run[None, None]).reshape(far.shape)
     return (near + far).reshape(batch, heads, chunk_len, chunk_len)
 
 

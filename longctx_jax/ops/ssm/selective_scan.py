@@ -83,7 +83,7 @@ def selective_scan(
         wide = [u, delta, a, b, c, poison.clean_state(state)]
     y, last = run(*wide, reset, chunk_len)
     if d is not None:
-        y += d.astype(dtype) * wide[0]
+        y += d.astype(dtype)[None, None] * wide[0]
     y = y.astype(u_dtype)
     return (y, last) if poison is None else (poison.spread(y), poison.spread_state(last))
 
@@ -143,7 +143,8 @@ def _step(a, state, token):
 
 def _coefficients(u, delta, a, b, reset) -> tuple[jax.Array, jax.Array]:
     """Returns what a token keeps of the state and what it adds, both [..., model, state]."""
-    decay = jnp.exp(delta[..., None] * a)
+    rates = a.reshape(*[1] * (delta.ndim - 1), *a.shape)
+    decay = jnp.exp(delta[..., None] * rates)
     if reset is not None:
         decay = jnp.where(reset[..., None, None], 0, decay)
     return decay, (delta * u)[..., None] * b[..., None, :]

@@ -60,7 +60,7 @@ def ssd(
         c,
         b,
         (step[..., None] * wide).astype(u.dtype),
-        step * a.astype(dtype),
+        step * a.astype(dtype)[None, None],
         state,
         reset=reset,
         scale=1.0,
@@ -69,5 +69,5 @@ def ssd(
         implementation=implementation,
     )
     if d is not None:
-        y = y.astype(dtype) + d.astype(dtype)[:, None] * wide
+        y = y.astype(dtype) + d.astype(dtype)[None, None, :, None] * wide
     return y.astype(u.dtype), state

@@ -197,9 +197,9 @@ def _scores(rules: Rules, query, bias, keys: _Keys, codebook, marks, dtype):
     count, query_document, table_document = marks
     score = functools.partial(product, "bhgtk,bhsk->bhgts", dtype=dtype)
     distance = _distance(query.shape[-2], keys)
-    visible = (distance >= 0) & (query_document[:, :, None] == keys.document[:, None])
+    visible = (distance >= 0)[None] & (query_document[:, :, None] == keys.document[:, None])
     if not rules.use_table:
-        visible &= distance <= rules.window_len
+        visible &= (distance <= rules.window_len)[None]
     window = rules.scale * score(query, keys.key)
     if bias is not None:
         window += _by_key(bias.astype(dtype), keys.key.shape[2])

@@ -58,7 +58,7 @@ def search_codes(
 
     def search(x):  # [tokens, heads, key]
         product = jnp.einsum("thk,hzk->thz", x, codebook, precision=jax.lax.Precision.HIGHEST)
-        distance = norms - 2.0 * product  # |x|^2 is the same for all codes
+        distance = norms[None] - 2.0 * product  # |x|^2 is the same for all codes
         least = jnp.min(distance, axis=-1, keepdims=True)
         # Two reductions, because an argmin is slower than both; the lowest index wins a tie.
         # NaN equals nothing: the clamp keeps the code in range.
@@ -124,7 +124,7 @@ def code_statistics(
     counted = jnp.ones(codes.shape, dtype)
     if weights is not None:
         counted = counted * weights[..., None].astype(dtype)
-    slots = (jnp.arange(heads) * n_codes + codes).reshape(-1)
+    slots = (jnp.arange(heads)[None, None] * n_codes + codes).reshape(-1)
     counts = jnp.zeros(heads * n_codes, dtype).at[slots].add(counted.reshape(-1))
     added = jnp.where(counted[..., None] == 0, 0, vectors * counted[..., None])
     sums = jnp.zeros((heads * n_codes, width), dtype).at[slots].add(added.reshape(-1, width))

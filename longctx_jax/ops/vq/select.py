@@ -144,7 +144,7 @@ def nearest_code(
     # Distances do not change with the origin, and their rounding does: |C|^2 - 2 x C of vectors and
     # codewords that all lie far from 0 has lost what tells the codewords apart.
     origin = jnp.mean(codebook.astype(accumulator(vectors, codebook)), axis=1)
-    fixed = (vectors - origin).astype(vectors.dtype), (codebook - origin[:, None])
+    fixed = (vectors - _like(origin, vectors)).astype(vectors.dtype), (codebook - origin[:, None])
     fixed = jax.lax.stop_gradient((fixed[0], fixed[1].astype(codebook.dtype)))
     if chosen.name in ON_GPU and vectors.ndim > 2:
         codes = by_rows(chosen.run, *fixed)
@@ -299,6 +299,11 @@ def vq_attention(
         out, after = attend(rows, codebook)
     out = out if poison is None else poison.spread(out)
     return VQOutput(out, after, codes, quantized.squared_error)
+
+
+def _like(per_head: Array, vectors: Array) -> Array:
+    """Returns [heads, key] with the leading axes of the vectors."""
+    return per_head.reshape(*[1] * (vectors.ndim - 2), *per_head.shape)
 
 
 def _poison(query, key, value, documents, state: VQState | None) -> Poison:

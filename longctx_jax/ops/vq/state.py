@@ -97,7 +97,7 @@ def renewed(state: VQState, codebook: Float[Array, "kv_heads codes key"]) -> VQS
 def chronological(state: VQState) -> Tokens:
     """Returns the ring's tokens from the oldest to the newest, empty slots first."""
     window = state.window_len
-    slots = (state.position[:, None] + jnp.arange(window, dtype=jnp.int32)) % window
+    slots = (state.position[:, None] + jnp.arange(window, dtype=jnp.int32)[None]) % window
 
     def ordered(x):
         index = slots.reshape(*slots.shape, *[1] * (x.ndim - 2))
@@ -119,7 +119,7 @@ def write(state: VQState, tokens: Tokens, table: Table, seq: int) -> VQState:
         seq: how many there were.
     """
     kept = tokens.documents.shape[1]
-    positions = state.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)
+    positions = state.position[:, None] + jnp.arange(seq - kept, seq, dtype=jnp.int32)[None]
     slots = positions % state.window_len
     rows = jnp.arange(slots.shape[0])[:, None]
 

@@ -95,10 +95,10 @@ def file_token(
     count = _of_document(table.count, table.document, last)
     place = jnp.arange(codes.shape[0])[:, None], jnp.arange(codes.shape[1])[None], codes
     kept = count[place]
-    new = kept + (document != NO_DOCUMENT)[:, None]
+    new = kept + (document != NO_DOCUMENT)[:, None].astype(kept.dtype)
     whole = jnp.maximum(new, 1).astype(table.mean.dtype)[..., None]
-    added = value.astype(table.mean.dtype) * (new - kept)[..., None]
-    mean = table.mean[place] * (kept[..., None] / whole) + added / whole
+    added = value.astype(table.mean.dtype) * (new - kept)[..., None].astype(table.mean.dtype)
+    mean = table.mean[place] * (kept[..., None].astype(whole.dtype) / whole) + added / whole
     # A code that was not filed keeps its row: kept / whole is 1, or the row counts for nothing.
     return Table(table.mean.at[place].set(mean), count.at[place].set(new), last)
 
@@ -185,7 +185,7 @@ def _add(table: Table, block: _Sums) -> Table:
     kept = _of_document(table.count, table.document, document)
     count = kept + _of_document(block.count, block.document, document)
     whole = jnp.maximum(count, 1).astype(table.mean.dtype)[..., None]
-    mean = table.mean * (kept[..., None] / whole) + block.total / whole
+    mean = table.mean * (kept[..., None].astype(whole.dtype) / whole) + block.total / whole
     return Table(mean, count, document)
 
 
