@@ -3,6 +3,7 @@
 | file | who writes it |
 | --- | --- |
 | config.json | the trainer, at the start: every field of the run's config |
+| inputs.json, tokenizer/ | the trainer, at the start: digests of texts, copy of the tokenizer |
 | metrics.jsonl, samples.jsonl, tensorboard/ | the trainer, as it goes |
 | checkpoints/ | the trainer |
 | DONE.json | the trainer, when the last update is done: the final record |
@@ -13,11 +14,15 @@
 """
 
 import copy
+import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 CONFIG = "config.json"
+INPUTS = "inputs.json"
+TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -34,6 +39,13 @@ RETIRED = {
     "model.stagformer.first_slot": "learned",
     "model.stagformer.pass_embedding": False,
 }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def without_retired(config: dict[str, Any]) -> dict[str, Any]:

@@ -118,8 +118,9 @@ def restore_run(workdir: str | os.PathLike[str], step: int = -1) -> Any:
         FileNotFoundError: no run.
     """
     from configs import from_run
-    from longctx_jax import run_files
+    from longctx_jax import data, run_files
     from longctx_jax.runs import restore
+    from longctx_jax.training import inputs
 
     path = pathlib.Path(workdir) / run_files.CONFIG
     if not path.is_file():
@@ -128,6 +129,11 @@ def restore_run(workdir: str | os.PathLike[str], step: int = -1) -> Any:
             f"python -m scripts.train --config=configs/quickstart.py --workdir={workdir}"
         )
     config = with_mixers(from_run.read_config(path))
+    config.data.tokenizer = inputs.find_tokenizer(
+        pathlib.Path(workdir),
+        config.data.tokenizer,
+        lambda name: data.build_tokenizer(name, config.data.data_dir).identity,
+    )
     return restore.restore_run(workdir, config, step, mixers())
 
 

@@ -63,12 +63,13 @@ def measure(folder: pathlib.Path, lengths: list[int]) -> Iterator[tuple[dict, di
 
     from longctx_jax import data
     from longctx_jax.evaluation.positions import PositionCurve, doubling_edges
-    from longctx_jax.runs.evaluate import evaluate_split
+    from longctx_jax.runs.evaluate import evaluate_split, require_text
 
     run = common.restore_run(str(folder))
     config, model = run.config, run.model.config
     cold = config.train.cold_start_every
     stream = data.load_source(config.data)[_SPLIT.value]
+    require_text(str(folder), _SPLIT.value, stream)
     for length in lengths:
         config.eval.batch_size = max(1, _MAX_BYTES.value // length)
         config.eval.cache_len = length

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from longctx_jax import run_files
 from scripts import common
 
 DEFAULT_CONFIG = "configs/base.py"
@@ -84,8 +85,8 @@ def read_hf_llama(folder: pathlib.Path, workdir: pathlib.Path) -> None:
     tokenizer = tokenizer_files.find_tokenizer(folder)
     if tokenizer and "data.tokenizer" not in overrides:
         _require_tokenizer(tokenizer, config.model.vocab_size)
-        tokenizer_files.copy_tokenizer(folder, workdir / tokenizer_files.FOLDER)
-        copied = workdir.absolute() / tokenizer_files.FOLDER / tokenizer.name
+        tokenizer_files.copy_tokenizer(folder, workdir / run_files.TOKENIZER)
+        copied = workdir.absolute() / run_files.TOKENIZER / tokenizer.name
         config.data.tokenizer = str(copied)
     params = hf_llama.to_params(model, lambda name: files.read_float32(found[name], name))
     hf_llama.require_tied(model, params, found)
@@ -103,7 +104,6 @@ def write_hf_llama(folder: pathlib.Path) -> None:
     from longctx_jax.conversion import hf_config, hf_llama, runs, tokenizer_files
     from longctx_jax.conversion import safetensors_files as files
     from longctx_jax.runs.evaluate import eval_cache_len
-    from longctx_jax.training.start import write_json
 
     if _overrides():
         raise common.UsageError(
@@ -127,7 +127,7 @@ def write_hf_llama(folder: pathlib.Path) -> None:
     if tokenizer.name in tokenizer_files.TOKENIZERS and tokenizer.is_file():
         copied = tokenizer_files.copy_tokenizer(tokenizer.parent, folder)
     files.write_tensors(folder, tensors)
-    write_json(folder / "config.json", given)
+    run_files.write_json(folder / "config.json", given)
     n_bytes = sum(np.asarray(array).nbytes for array in tensors.values())
     print(f"wrote {folder}: {given['model_type']}, {len(tensors)} tensors, {n_bytes} bytes")
     print(f"tokenizer files: {', '.join(copied) or 'none'}")

@@ -65,7 +65,7 @@ def watch() -> None:
 def evaluate_step(step: int) -> dict[str, Any]:
     """Restores a step of the run, -1 = the newest, and streams the split through it."""
     from longctx_jax import data
-    from longctx_jax.runs.evaluate import evaluate_split
+    from longctx_jax.runs.evaluate import evaluate_split, require_text
 
     run = common.restore_run(WORKDIR.value, step)
     config = run.config
@@ -73,6 +73,7 @@ def evaluate_step(step: int) -> dict[str, Any]:
     config.eval.cache_len = CACHE_LEN.value or config.eval.cache_len
     config.data.data_dir = DATA_DIR.value or config.data.data_dir
     stream = data.load_source(config.data)[SPLIT.value]
+    require_text(WORKDIR.value, SPLIT.value, stream)
     result = evaluate_split(
         config, run.model, run.variables, stream, max_bytes=MAX_BYTES.value, show_progress=True
     )

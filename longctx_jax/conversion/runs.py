@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from longctx_jax import run_files
 from longctx_jax.training.checkpoint import Checkpointer
-from longctx_jax.training.start import resolved, write_json
+from longctx_jax.training.start import resolved
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
 
@@ -46,4 +46,4 @@ def write_run(workdir: pathlib.Path, config: Any, variables: dict[str, PyTree]) 
     checkpointer.close()
     record = {"step": 0, "tokens": 0, "seconds": 0.0}
     (workdir / run_files.METRICS).write_text(json.dumps(record) + "\n")
-    write_json(workdir / run_files.CONFIG, resolved(config))
+    run_files.write_json(workdir / run_files.CONFIG, resolved(config))

@@ -13,7 +13,6 @@ COMPANIONS = (
     "generation_config.json",
 )
 MAX_BYTES = 200_000_000  # a file; larger ones are no tokenizers
-FOLDER = "tokenizer"  # of a run
 
 
 def find_tokenizer(folder: pathlib.Path) -> pathlib.Path | None:

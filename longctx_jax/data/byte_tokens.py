@@ -4,6 +4,8 @@ With plain bytes a text stream already is the token stream, and the first byte o
 predicted from the last one of the document before. With a separator it is predicted from that.
 """
 
+import pathlib
+
 import numpy as np
 
 from longctx_jax.data.streams import TextStream
@@ -17,6 +19,8 @@ class ByteTokenizer:
     vocab_size = 256
     separator_id = -1
     start_id = -1
+    identity = ""
+    files: tuple[pathlib.Path, ...] = ()
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """Returns the byte values of `text` (a `str` is encoded as UTF-8), int32 [n_bytes]."""
@@ -41,6 +45,7 @@ class DelimitedByteTokenizer(ByteTokenizer):
     vocab_size = 257
     separator_id = 256
     start_id = 256
+    identity = "delimited_bytes"
 
     def decode(self, ids: np.ndarray) -> bytes:
         """Returns the bytes with these values, separators left out."""

@@ -27,6 +27,9 @@ BLOCK_BYTES = 1 << 22  # text of a long document in memory at once
 NOT_UTF8 = "\udc80-\udcff"  # U+DC80 + b: byte 80 + b that is not UTF-8
 
 
+COMPANION = "tokenizer_config.json"  # beside a tokenizer.json: the ends of documents
+
+
 class SubwordTokenizer:
     """The tokens of a learned vocabulary; see `Tokenizer`.
 
@@ -64,6 +67,9 @@ class SubwordTokenizer:
         self.start_id = start_id
         self._path = path
         self._digest = digest
+        self.identity = f"{digest} {separator_id} {start_id}"
+        companion = path.with_name(COMPANION)
+        self.files = (path, companion) if companion.is_file() else (path,)
         self._texts = texts
         self._n_bytes = np.array([len(text) for text in texts], np.int64)
         self._byte_ids = byte_ids

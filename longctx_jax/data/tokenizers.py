@@ -21,6 +21,7 @@ from longctx_jax.data.subwords import SubwordTokenizer, load_once
 from longctx_jax.data.tokens import Tokenizer, TokenStream
 
 TOKENIZERS = {"bytes": ByteTokenizer, "delimited_bytes": DelimitedByteTokenizer}
+PROBE = b"the quick brown fox jumps over the lazy dog, again and again " * 3
 FILES = {".model": SentencePieceTokenizer, ".json": HFTokenizer}  # by suffix
 
 
@@ -55,7 +56,23 @@ def build_tokenizer(name: str, data_dir: str = "") -> Tokenizer:
             f"scripts.train_tokenizer --config=configs/NAME.py --out={path.with_suffix('.model')} "
             "--vocab_size=32000`"
         )
-    return load_once(FILES[path.suffix], found)
+    tokenizer = load_once(FILES[path.suffix], found)
+    require_one_encoding(tokenizer)
+    return tokenizer
+
+
+def require_one_encoding(tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the same text is encoded in two ways: the cache would keep one draw."""
+    try:
+        found = {tuple(tokenizer.encode(PROBE).tolist()) for _ in range(4)}
+    except ValueError:  # it cannot keep this text as it is: said of the user's text, where it is
+        return
+    if len(found) > 1:
+        raise ValueError(
+            f"config.data.tokenizer must encode a text in one way: {tokenizer.name} draws at "
+            "random (dropout of merges, sampling); save it without, or set "
+            "config.data.tokenizer='bytes'"
+        )
 
 
 def tokenize(stream: TextStream, tokenizer: Tokenizer) -> TokenStream:

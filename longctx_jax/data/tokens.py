@@ -6,6 +6,7 @@ from all of it; as an input it begins the next one, so the first token of a docu
 from the separator with nothing before it.
 """
 
+import pathlib
 from typing import Protocol
 
 import numpy as np
@@ -20,12 +21,16 @@ class Tokenizer(Protocol):
         separator_id: the token that follows each document of a token stream; -1 = none.
         start_id: what stands for it as an input, where it begins a document: a vocabulary may have
             a token of its own for that; separator_id otherwise.
+        identity: digest of all that ids and their meaning depend on; "" = bytes.
+        files: that the tokenizer was read from.
     """
 
     name: str
     vocab_size: int
     separator_id: int
     start_id: int
+    identity: str
+    files: tuple[pathlib.Path, ...]
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """Returns the ids of `text` (a `str` is taken as UTF-8), int32 [n_tokens]."""

@@ -207,6 +207,11 @@ class ModelConfig:
         return dataclasses.replace(self, pattern=pattern)
 
 
+def default_of_mixer(kind: str, field: str) -> Any:
+    """Returns the default of `config.model.<kind>.<field>`; None where no mixer has it."""
+    return getattr(MIXERS[kind].config(), field, None) if kind in MIXERS else None
+
+
 def model_config(fields: Any, mixers: Mapping[str, Mixer] = MIXERS) -> ModelConfig:
     """Returns the frozen ModelConfig of a `config.model` ConfigDict (or any mapping).
 

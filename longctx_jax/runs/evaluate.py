@@ -1,5 +1,6 @@
 """Evaluation of a split, as a config asks for it: in the training loop, and of a restored run."""
 
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from absl import logging
 from longctx_jax import data
 from longctx_jax.evaluation.language_modeling import Observer, evaluate
 from longctx_jax.models.decoder import Decoder
+from longctx_jax.training.inputs import read_inputs, require_same_text
 from longctx_jax.training.state import TrainState
 from longctx_jax.typing import PyTree
 
@@ -56,6 +58,14 @@ def evaluate_split(
         observe=observe,
         place=place,
     )
+
+
+def require_text(workdir: str, split: str, stream: data.TextStream) -> None:
+    """Raises ValueError if a split that the run in `workdir` has read holds another text now."""
+    inputs = read_inputs(pathlib.Path(workdir))
+    if inputs is not None and split in inputs.texts:
+        now = data.fingerprint(stream)
+        require_same_text(pathlib.Path(workdir), split, inputs.texts[split], now)
 
 
 def warn_of_other_segments(config: Any, model: Decoder) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from longctx_jax import data
+from longctx_jax.training.inputs import Inputs
 from longctx_jax.training.loop import TrainData
 
 
@@ -28,8 +29,23 @@ def train_data(config: Any, splits: data.Splits, rows: tuple[int, int] | None = 
         dataset=dataset,
         position_of=lambda step: data.position_of(stream, tokenizer, step, **sizes),
         is_bytes=data.each_token_is_a_byte(tokens),
-        fingerprint="" if isinstance(stream, data.RowStream) else data.fingerprint(stream),
+        fingerprint=_digest(stream),
+        inputs=inputs_of(config, splits),
     )
+
+
+def inputs_of(config: Any, splits: data.Splits) -> Inputs:
+    """Returns the digests of what a config's run reads: its tokenizer, and two texts at most."""
+    tokenizer = data.build_tokenizer(config.data.tokenizer, config.data.data_dir)
+    names = dict.fromkeys(("train", config.eval.split))
+    texts = {name: _digest(splits[name]) for name in names if name in splits}
+    texts = {name: digest for name, digest in texts.items() if digest}
+    return Inputs(tokenizer.identity, texts, tuple(tokenizer.files))
+
+
+def _digest(stream: data.TextStream) -> str:
+    """Returns the digest of a text; "" for rows that are drawn from a seed."""
+    return "" if isinstance(stream, data.RowStream) else data.fingerprint(stream)
 
 
 def is_one_document(stream: data.TextStream) -> bool:

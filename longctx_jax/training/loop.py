@@ -23,8 +23,9 @@ import jax
 from longctx_jax import run_files
 from longctx_jax.data import make_iterator
 from longctx_jax.models.decoder import Decoder
-from longctx_jax.training.checkpoint import Checkpointer, Restored
+from longctx_jax.training.checkpoint import Checkpointer, Restored, has_checkpoints
 from longctx_jax.training.curriculum import cut_rows, row_len
+from longctx_jax.training.inputs import Inputs, require_same_inputs, write_inputs
 from longctx_jax.training.optimizer import make_optimizer
 from longctx_jax.training.placement import ONE_DEVICE, Placement, with_shardings
 from longctx_jax.training.processes import is_main_process
@@ -37,7 +38,6 @@ from longctx_jax.training.start import (
     require_same_config,
     resolved,
     with_weights_of,
-    write_json,
 )
 from longctx_jax.training.state import TrainState, init_state
 from longctx_jax.training.step import make_train_step
@@ -57,6 +57,7 @@ class TrainData:
     position_of: Callable[[int], str]  # step -> where its data lies, for messages
     is_bytes: bool  # one token is one byte, so the training loss has a bits-per-byte
     fingerprint: str = ""  # of the text; a run goes on only with the text it began with
+    inputs: Inputs = Inputs()  # it, the other texts and the tokenizer
 
 
 def train(
@@ -91,6 +92,8 @@ def train(
     workdir = pathlib.Path(workdir)
     check_config(config)
     require_same_config(workdir, config)
+    if has_checkpoints(workdir):
+        require_same_inputs(workdir, data.inputs)
     workdir.mkdir(parents=True, exist_ok=True)
     lock = locked(workdir) if is_main_process() else contextlib.nullcontext()
     with lock, stop_on_signals() as stop, placement.context():
@@ -101,7 +104,8 @@ def train(
             run = _Run(config, workdir, model, data, evaluate, checkpointer, placement, sample)
             with contextlib.closing(run):
                 if is_main_process():  # the run is possible: claim the folder
-                    write_json(workdir / run_files.CONFIG, resolved(config))
+                    run_files.write_json(workdir / run_files.CONFIG, resolved(config))
+                    write_inputs(workdir, data.inputs)
                     (workdir / run_files.DONE).unlink(missing_ok=True)
                 return run.go(stop)
 
@@ -193,7 +197,7 @@ class _Run:
         if record["is_finished"]:
             record["eval"] = results or self._evaluate()
             if is_main_process():
-                write_json(self.workdir / run_files.DONE, record)
+                run_files.write_json(self.workdir / run_files.DONE, record)
         return record
 
     def _is_due(self, every: int) -> bool:
@@ -231,7 +235,7 @@ class _Run:
         # Spread from the start: no device ever holds the whole state.
         state = jax.jit(fresh, out_shardings=self.shardings)() if self.shardings else fresh()
         if train_config.init_from:
-            state = with_weights_of(train_config.init_from, self.model, state)
+            state = with_weights_of(train_config.init_from, self.model, state, self.data.inputs)
         return state
 
     def _save(self) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -11,10 +10,11 @@ from absl import logging
 
 from longctx_jax import json_files, run_files
 from longctx_jax.models import build_model
+from longctx_jax.models.config import default_of_mixer
 from longctx_jax.models.decoder import Decoder
-from longctx_jax.nn.mixers.registry import MIXERS
 from longctx_jax.training.checkpoint import Checkpointer, CheckpointError, has_checkpoints
 from longctx_jax.training.curriculum import check_curriculum
+from longctx_jax.training.inputs import Inputs, read_inputs
 from longctx_jax.training.state import TrainState
 
 CONFIG_MAX_BYTES = 1_000_000  # one of a run has about 5,000
@@ -75,9 +75,8 @@ def _is_new_and_usual(name: str, before: dict[str, Any], now: dict[str, Any]) ->
         return False
     group, _, rest = name.partition(".")
     kind, _, field = rest.partition(".")
-    if group == "model" and kind in MIXERS:
-        return now[name] == getattr(MIXERS[kind].config(), field, None)
-    return not now[name]
+    usual = default_of_mixer(kind, field) if group == "model" else None
+    return not now[name] if usual is None else now[name] == usual
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -97,13 +96,6 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     return run_files.without_retired(config)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that the file is either the old or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
@@ -114,10 +106,16 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainState:
+def with_weights_of(
+    workdir: str, model: Decoder, state: TrainState, inputs: Inputs | None = None
+) -> TrainState:
     """Returns the state with another run's newest weights, averaged ones where it keeps them.
 
     A model with recurrent memory also takes those of a run without: its memory starts fresh.
+
+    Raises:
+        FileNotFoundError: no run.
+        ValueError: a run of another model, or of another tokenizer than that of `inputs`.
     """
     path = pathlib.Path(workdir) / run_files.CONFIG
     if not (path.is_file() and has_checkpoints(pathlib.Path(workdir))):
@@ -125,7 +123,14 @@ def with_weights_of(workdir: str, model: Decoder, state: TrainState) -> TrainSta
             f"config.train.init_from must be the folder of a run with a checkpoint: {workdir} has "
             "none; name another folder, or train that run first"
         )
-    given = read_config(path)
+    given, theirs = read_config(path), read_inputs(pathlib.Path(workdir))
+    if inputs is not None and theirs is not None and inputs.tokenizer != theirs.tokenizer:
+        raise ValueError(
+            f"config.train.init_from must be a run with the same tokenizer: {workdir} has one with "
+            f"digest {theirs.tokenizer[:16]!r}, and config.data.tokenizer is one with "
+            f"{inputs.tokenizer[:16]!r}; set it to the copy in "
+            f"{pathlib.Path(workdir) / run_files.TOKENIZER}"
+        )
     field = "ema" if given["train"]["ema_decay"] > 0 else "params"
     variables = {"params": state.params, "model_state": state.model_state}
     backbone = None

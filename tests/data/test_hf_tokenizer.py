@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from longctx_jax import data
 from longctx_jax.data import hf_tokenizer, subwords
 from longctx_jax.data.streams import concatenate
+from longctx_jax.data.tokenizers import require_one_encoding
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -209,6 +210,17 @@ def test_dropout_of_merges_is_switched_off(tmp_path):
     text = b"the quick brown fox and the other fox " * 20
     for _ in range(3):
         assert dropping.encode(text).tolist() == plain.encode(text).tolist()
+
+
+def test_a_tokenizer_that_draws_is_refused():
+    class Drawing:
+        name, draws = "drawing", iter(range(99))
+
+        def encode(self, text):
+            return np.array([next(self.draws)])
+
+    with pytest.raises(ValueError, match="must encode a text in one way: drawing draws at random"):
+        require_one_encoding(Drawing())
 
 
 def test_other_forms_of_the_space_before_a_text(tmp_path):

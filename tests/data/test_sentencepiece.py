@@ -248,16 +248,15 @@ def test_other_text_name_or_model_is_another_file(own_file):
     assert ids_of(own_file) != before and len(cache_files(own_file)) == 5
 
 
-def test_long_texts_are_digested_in_places(monkeypatch):
+def test_every_byte_of_a_text_is_digested(monkeypatch):
+    monkeypatch.setattr(token_cache, "CHECK_BYTES", 4096)
     raw = np.random.default_rng(0).bytes(50_000)
     whole = token_cache.fingerprint(concatenate("s", [raw]))
     assert whole == token_cache.fingerprint(concatenate("s", [raw]))
-    monkeypatch.setattr(token_cache, "DIGEST_ALL_MAX_BYTES", 1000)
-    monkeypatch.setattr(token_cache, "DIGEST_SAMPLE_BYTES", 40)
-    found = {token_cache.fingerprint(concatenate("s", documents)) for documents in (
-        [raw], [raw[:-1] + b"x"], [b"x" + raw[1:]], [raw[:99], raw[99:]], [raw + b"x"]
-    )}  # fmt: skip
-    assert len(found | {whole}) == 6
+    others = [[raw[:at] + b"?" + raw[at + 1 :]] for at in (0, 1, 4095, 4096, 30_000, 49_999)]
+    others += [[raw[:99], raw[99:]], [raw + b"x"]]
+    found = {token_cache.fingerprint(concatenate("s", documents)) for documents in others}
+    assert len(found | {whole}) == 9
 
 
 def test_nothing_is_left_of_a_failed_run(own_file, monkeypatch):

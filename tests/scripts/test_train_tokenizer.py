@@ -53,6 +53,16 @@ def test_sub_words_from_training_to_sampling(made, tmp_path):
     options = [f"--workdir={tmp_path}", "--max_new_tokens=20", "--temperature=1.5"]
     sampled = script("generate", *options, "--prompt=def f", "--prompt=").stdout
     assert "def f" in sampled
+    kept = out.read_bytes()
+    script("train_tokenizer", *TEXT_FLAGS, f"--out={tmp_path / 'b.model'}", "--vocab_size=400")
+    try:  # another vocabulary under the same path
+        out.write_bytes((tmp_path / "b.model").read_bytes())
+        evaluate = ["evaluate", f"--workdir={tmp_path}", "--max_bytes=1000", "--split=test"]
+        assert json.loads(script(*evaluate).stdout.splitlines()[-1]) == result
+        again = mistake("train", *settings, f"--workdir={tmp_path}", "--config.train.n_steps=99")
+        assert "the tokenizer it began with" in again
+    finally:
+        out.write_bytes(kept)
     fields["model__vocab_size"] = 256
     settings = ["--config=configs/quickstart.py", *flags(**fields)]
     error = mistake("train", *settings, f"--workdir={tmp_path / 'other'}")

@@ -281,3 +281,13 @@ def test_evaluation_runs_when_asked(tmp_path, splits):
 def test_the_profiler_window(tmp_path, splits):
     run(tmp_path, splits, train__profile_start=2, train__profile_steps=1, train__n_steps=4)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path, splits):
+    run(tmp_path, splits, train__n_steps=2, train__checkpoint_every=2)
+    path = tmp_path / "inputs.json"
+    known = json.loads(path.read_text())
+    assert set(known["texts"]) == {"train", "validation"} and known["tokenizer"] == ""
+    path.write_text(json.dumps({**known, "texts": {**known["texts"], "validation": "0" * 64}}))
+    with pytest.raises(ValueError, match="text of split 'validation' must be the one of the run"):
+        run(tmp_path, splits, train__n_steps=4, train__checkpoint_every=2)
