@@ -185,7 +185,10 @@ def test_arrays_and_lists_are_prompts_alike(model_and_variables):
         assert generate(model, variables, array, **options).tolist() == lists.tolist()
 
 
-@pytest.mark.parametrize("name", ["transformer", "decay", "stagformer"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("decay", "stagformer"))],
+)
 def test_weights_are_cast_once_to_what_apply_rounds_them_to(name):
     """The same logits from half the bytes; what is computed with in float32 stays float32."""
     config = tiny_config(model__name=name, model__vocab_size=13, model__dtype="bfloat16")

@@ -75,10 +75,8 @@ def test_ops_promote_nothing(name):
         jax.eval_shape(jax.grad(lambda given: jnp.sum(run(**given)[0])), arrays)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "attention dense" else pytest.param(n, marks=pytest.mark.slow) for n in FORMS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
 def test_ops_without_compilation(name):
     make, *form = FORMS[name]
     run, arrays = make(*form)

@@ -15,7 +15,12 @@ from longctx_jax.nn.blocks import Block
 from longctx_jax.nn.contract import Sizes
 from longctx_jax.nn.embed import Embed
 from longctx_jax.nn.mixers import MIXERS
-from longctx_jax.nn.mixers.decay import log_decays, log_decays_by_layer
+from longctx_jax.nn.mixers.decay import (
+    DecayAttention,
+    DecayConfig,
+    log_decays,
+    log_decays_by_layer,
+)
 from longctx_jax.nn.mlp import MLP
 from tests.helpers import assert_close, make_normal, random_variables, sub_jaxprs
 
@@ -440,3 +445,32 @@ def test_products_of_a_memory_are_in_full_float32_beside_bfloat16():
     assert len(full) > 10 and len(full) < len(products)  # the projections are in bfloat16
     for equation in full:
         assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def test_decays_of_minimax_and_transnormer_are_two_rules():
+    layer = np.arange(6)
+    linear, minimax = (log_decays_by_layer("lightning", d, 6, 2) for d in ("linear", "minimax"))
+    slopes = 2.0 ** (-8.0 * np.arange(1, 3) / 2)
+    assert_close(linear, np.outer(1 - layer / 6, -slopes), rel_rms=1e-12)
+    assert_close(minimax, np.outer(1 - layer / (5 + 1e-5) + 1e-5, -slopes), rel_rms=1e-12)
+    assert abs(minimax[-1]).max() < 2e-5 < abs(linear[-1]).max()
+    assert np.isfinite(log_decays_by_layer("lightning", "minimax", 1, 2)).all()
+
+
+@pytest.mark.parametrize("kind", ["learned", "gated"])
+def test_decays_of_many_heads_start_finite(kind):
+    """The slowest of 1,100 heads would forget 2^-1105: their logarithm is taken in float64."""
+    n_heads = 1100
+    sizes = Sizes(d_model=4, n_heads=n_heads, n_kv_heads=1, d_key=2, d_value=1)
+    mixer = DecayAttention(sizes, DecayConfig(kind=kind))
+    x = jnp.zeros((1, 1, 4))
+    params = mixer.init(jax.random.key(0), x, None, None, train=False)["params"]
+    start = params["decay_rate" if kind == "learned" else "decay_bias"]
+    assert start.shape == (n_heads,) and np.isfinite(start).all()
+    head = np.arange(100)
+    expected = np.log1p(-(2.0 ** (-5.0 - head)))
+    if kind == "learned":
+        found = -np.log1p(np.exp(np.float64(start[:100])))
+    else:
+        found = -np.log1p(np.exp(-np.float64(start[:100]))) / 16
+    assert_close(found / expected, np.ones(100), rel_rms=1e-4)

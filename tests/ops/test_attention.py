@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -24,6 +27,7 @@ from longctx_jax.ops.attention import (
 )
 from longctx_jax.ops.position import DistanceBias
 from tests.helpers import assert_close, assert_trees_close, in_float64, make_normal
+from tests.tiny import PROJECT
 
 BLOCK = 4  # tokens a block or tile in these tests
 TOLERANCE = 1e-6  # float32 against float64; seen: at most 4e-7
@@ -398,8 +402,8 @@ CHOICES = [
     ("dense", {"d_value": 128}),
     ("dense", {"d_key": 60, "d_value": 60}),
     ("dense", {"d_key": 512, "d_value": 512}),
-    ("dense", {"platform": "cpu", "query_len": 768, "key_len": 768}),
-    ("blockwise", {"platform": "cpu", "query_len": 768, "key_len": 769}),
+    ("dense", {"platform": "cpu", "query_len": 704, "key_len": 704}),
+    ("blockwise", {"platform": "cpu", "query_len": 704, "key_len": 705}),
     ("dense", {"platform": "cpu", "query_len": 128, "key_len": 9999}),  # few queries
     ("blockwise", {"platform": "cpu", "query_len": 129, "key_len": 9999}),
     ("blockwise", {"platform": "cpu", "query_len": 33, "key_len": 9999, "heads": 8}),
@@ -465,3 +469,35 @@ def test_heads_must_be_a_multiple():
     x = jnp.zeros((1, 5, 3, 4))
     with pytest.raises(ValueError, match="got 3 and 2; set config.model.n_kv_heads"):
         attention(x, x[:, :, :2], x[:, :, :2])
+
+
+MEMORY_OF_FORMS = """
+import jax, jax.numpy as jnp
+from longctx_jax.ops.attention import attention
+
+def temporaries(shape, implementation):
+    x = jax.ShapeDtypeStruct((*shape, 64), jnp.float32)
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, implementation=implementation) ** 2)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    return gradient.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+for shape in [(8, 2048, 8), (8, 704, 4), (8, 640, 8), (1, 1024, 8), (16, 512, 2), (32, 100, 8)]:
+    auto, blocks = (temporaries(shape, name) for name in ("auto", "blockwise"))
+    assert auto <= 1.2 * blocks, (shape, auto, blocks)
+"""
+
+
+@pytest.mark.slow
+def test_auto_takes_no_more_memory_than_blocks():
+    """Of the forward and backward passes as users compile them, whatever batch and heads are."""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_FORMS],
+        env=environment,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]

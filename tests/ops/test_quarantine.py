@@ -105,20 +105,18 @@ FORMS |= {f"wkv4 {n}": (of_wkv4, n) for n in ("recurrent", "chunked")}
 FORMS |= {f"wkv6 {n}": (of_wkv6, n) for n in ("recurrent", "chunked")}
 FORMS |= {f"scan {n}": (of_scan, n) for n in ("recurrent", "serial", "chunked")}
 FORMS |= {"ssd chunked": (of_ssd, "chunked")}
-FAST = ("decay two_pass", "attention dense", "vq linear", "wkv6 chunked", "scan serial")
+FAST = ("decay two_pass", "attention dense")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FORMS]
 )
 def test_a_broken_document_breaks_no_other(name, bad):
     make, *form = FORMS[name]
-    run, arrays = make(*form)
-    try:
-        clean, after = run(**arrays)
-    except NotImplementedError as error:
-        pytest.skip(str(error))
+    op, arrays = make(*form)
+    run = jax.jit(lambda **given: op(**given))
+    clean, after = run(**arrays)
     for broken in arrays:
         given = {**arrays, broken: arrays[broken].at[0, BAD, ..., 0].set(bad)}
         out, state = run(**given)
@@ -133,12 +131,14 @@ def test_a_broken_document_breaks_no_other(name, bad):
 
     last = list(arrays)[-1]
     given = {**arrays, last: arrays[last].at[0, BAD, ..., 0].set(bad)}
+    gradients = jax.jit(jax.grad(loss))
     for gradient, other in zip(
-        *(jax.tree.leaves(jax.grad(loss)(x)) for x in (given, arrays)), strict=True
+        *(jax.tree.leaves(gradients(x)) for x in (given, arrays)), strict=True
     ):
         assert_close(gradient, other, rel_rms=1e-5)
 
 
+@pytest.mark.slow
 def test_a_broken_state_ends_with_its_document():
     state = jnp.full((1, 2, 4, 3), jnp.nan)
     arrays = (heads(0), heads(1), heads(2, 3), jnp.float32([-0.1, -0.5]))

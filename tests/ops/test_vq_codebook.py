@@ -151,3 +151,15 @@ def test_the_report():
 def test_a_codebook_of_other_heads():
     with pytest.raises(ValueError, match=r"codebook must be .* width \(2, 3\): got \(1, 7, 3\)"):
         nearest_code(jnp.asarray(VECTORS), jnp.asarray(CODEBOOK[:1]))
+
+
+@pytest.mark.parametrize("offset", [10.0, 1_000.0, 10_000.0])
+def test_nearest_code_under_a_common_offset(offset):
+    """Distances do not know the origin: keys and codewords far from it have the same codes."""
+    vectors, codebook = make_normal(5, 512, 1, 8), make_normal(6, 1, 64, 8)
+    shifted = np.float32(vectors + offset), np.float32(codebook + offset)
+    wide = [np.float64(x) for x in shifted]
+    distance = np.sum((wide[0][:, :, None] - wide[1][None]) ** 2, axis=-1)
+    codes, _ = nearest_code(*map(jnp.asarray, shifted))
+    chosen = np.take_along_axis(distance, np.asarray(codes)[..., None], axis=-1)[..., 0]
+    assert np.max(chosen / distance.min(axis=-1)) < 1 + 1e-3 * max(1.0, offset / 1_000)

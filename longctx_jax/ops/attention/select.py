@@ -17,7 +17,7 @@ from longctx_jax.typing import Array, Float, Int
 # last block is filled up. Beyond, it holds more and is not faster (2 CPU cores, float32, forward
 # and backward, ms dense / blockwise, at batch x heads x tokens: 8x8x512 300/366, 8x4x640 179/365,
 # 1x4x1024 84/78, 4x4x1024 371/357, 1x8x2048 1,538/673, 4x8x2048 9,585/8,078 in 2.2 / 0.6 GB).
-DENSE_MAX_KEYS = 768
+DENSE_MAX_KEYS = 704
 
 
 @dataclasses.dataclass(frozen=True)
