@@ -211,11 +211,14 @@ def model_config() -> ml_collections.ConfigDict:
 def data_config() -> ml_collections.ConfigDict:
     """Where text comes from and how it is cut into windows."""
     c = ml_collections.ConfigDict()
-    # python_source | text | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds | imagenet64 |
-    # recall_associative | recall_passkey | recall_facts (made up: docs/recall.md)
+    # python_source | text | text8 | enwik8 | enwik8_4m | pg19 | pg19_mini | pg19_tfds |
+    # imagenet64 | recall_associative | recall_passkey | recall_facts (made up: docs/recall.md)
     c.name = "python_source"
     c.data_dir = ""  # folder of the data set; "" = $LONGCTX_DATA_DIR, else ~/data
-    c.files = ()  # text: file names or globs, read in sorted order
+    c.files = ()  # text: file names, folders or globs, read in sorted order
+    c.validation_files = ()  # text: of that split alone; () = a share of files
+    c.test_files = ()  # likewise
+    c.text_field = ""  # text: of .jsonl lines and .parquet rows, what holds it; "" = "text"
     c.validation_fraction = 0.05  # text: share of the bytes, before the test share
     c.test_fraction = 0.05  # text: share of the bytes, at the end
     c.download = True  # enwik8: fetch it if it is not in data_dir

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, cast
 
+import numpy as np
 from absl import logging
 
 from longctx_jax import json_files
@@ -50,6 +51,10 @@ ARCHIVE_ERRORS = (
 )
 GET_ENWIK8 = f"fetch {ENWIK8_URL} and unpack it"
 GET_PREFIX = "write it with `head -c 4000000 enwik8 > enwik8_4m`"
+
+
+TEXT8_BYTES = (90_000_000, 5_000_000, 5_000_000)  # train, validation, test, as in the literature
+TEXT8_CHARACTERS = np.frombuffer(b" abcdefghijklmnopqrstuvwxyz", np.uint8)
 
 
 def load_enwik8(data_dir: str, *, download: bool) -> Splits:
@@ -92,6 +97,35 @@ def load_enwik8_4m(data_dir: str) -> Splits:
     _require(path, ENWIK8_4M_BYTES, "sha256", ENWIK8_4M_SHA256, GET_PREFIX)
     sizes = (ENWIK8_4M_TRAIN_BYTES, ENWIK8_4M_VALIDATION_BYTES, ENWIK8_4M_TEST_BYTES)
     return _split_by_offset("enwik8_4m", path, sizes)
+
+
+def load_text8(data_dir: str) -> Splits:
+    """Returns the splits of text8: 90,000,000/5,000,000/5,000,000 bytes of a-z and spaces.
+
+    Raises:
+        FileNotFoundError: if `text8` is neither in the data folder nor in `text8/`.
+        ValueError: if the file has another size, or another character.
+    """
+    root = resolve_data_dir(data_dir)
+    path = _find(root, "text8", "")
+    if path is None:
+        raise FileNotFoundError(
+            f"text8 must be a file in {root} or {root / 'text8'} ({where_from(data_dir)}): it is "
+            "in neither; unpack text8.zip there, or set config.data.data_dir"
+        )
+    size = path.stat().st_size
+    if size != sum(TEXT8_BYTES):
+        raise ValueError(
+            f"text8 must have {sum(TEXT8_BYTES)} bytes: {path} has {size}; unpack text8.zip again"
+        )
+    seen = np.unique(np.memmap(path, np.uint8, "r"))
+    others = seen[~np.isin(seen, TEXT8_CHARACTERS)]
+    if others.size:
+        raise ValueError(
+            f"text8 must hold a-z and spaces alone: {path} has the byte {int(others[0])}; unpack "
+            "text8.zip again"
+        )
+    return _split_by_offset("text8", path, TEXT8_BYTES)
 
 
 def _find(root: pathlib.Path, name: str, suffix: str) -> pathlib.Path | None:

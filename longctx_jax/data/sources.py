@@ -6,7 +6,6 @@ The others live in `enwik8.py`, `pg19.py`, `imagenet64.py`, `tfds_source.py` and
 """
 
 import functools
-import glob
 import hashlib
 import os
 import pathlib
@@ -18,7 +17,8 @@ from absl import logging
 
 from longctx_jax.data import enwik8, imagenet64, pg19, recall, tfds_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
-from longctx_jax.data.streams import FileStream, SliceStream, TextStream, concatenate
+from longctx_jax.data.streams import SliceStream, TextStream, concatenate
+from longctx_jax.data.text_files import open_files
 
 PYTHON_SOURCE_MIN_BYTES = 1_000_000
 PYTHON_SOURCE_MAX_BYTES = 30_000_000
@@ -33,6 +33,9 @@ class DataConfig(Protocol):
     name: str
     data_dir: str
     files: tuple[str, ...]
+    validation_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    text_field: str
     validation_fraction: float
     test_fraction: float
     download: bool
@@ -137,7 +140,8 @@ def _python_split(path: str) -> str:
 def load_text(config_data: DataConfig) -> Splits:
     """Returns the user's files as one stream cut into train | validation | test by bytes.
 
-    Files are sorted by name, each a document; empty ones are left out. Any bytes are accepted.
+    Files are sorted by name, each a document or a table of them (`text_files.py`); empty ones are
+    left out. Splits with files of their own are not cut from the others.
     """
     shares = {
         "validation_fraction": config_data.validation_fraction,
@@ -154,17 +158,25 @@ def load_text(config_data: DataConfig) -> Splits:
             "config.data.validation_fraction + config.data.test_fraction must be below 1, to leave "
             f"bytes for training: got {sum(shares.values())}; lower one of them"
         )
-    parent = FileStream("text", _text_files(config_data.files))
-    n_test = round(parent.n_bytes * shares["test_fraction"])
-    n_validation = round(parent.n_bytes * shares["validation_fraction"])
-    bounds = [0, parent.n_bytes - n_validation - n_test, parent.n_bytes - n_test, parent.n_bytes]
-    return Splits(
-        "text",
-        {
-            split: functools.partial(_text_split, parent, split, bounds[i], bounds[i + 1])
-            for i, split in enumerate(SPLIT_NAMES)
-        },
+    own = {"validation": config_data.validation_files, "test": config_data.test_files}
+    text_field = config_data.text_field or "text"
+    parent = open_files("text", config_data.files, field="config.data.files", text_field=text_field)
+    n_test, n_validation = (
+        0 if own[split] else round(parent.n_bytes * shares[f"{split}_fraction"])
+        for split in ("test", "validation")
     )
+    bounds = [0, parent.n_bytes - n_validation - n_test, parent.n_bytes - n_test, parent.n_bytes]
+    build: dict[str, Callable[[], TextStream]] = {
+        split: functools.partial(_text_split, parent, split, bounds[i], bounds[i + 1])
+        for i, split in enumerate(SPLIT_NAMES)
+    }
+    for split, patterns in own.items():
+        if patterns:
+            field = f"config.data.{split}_files"
+            build[split] = functools.partial(
+                open_files, f"text/{split}", patterns, field=field, text_field=text_field
+            )
+    return Splits("text", build)
 
 
 def _text_split(parent: TextStream, split: str, start: int, stop: int) -> TextStream:
@@ -175,39 +187,6 @@ def _text_split(parent: TextStream, split: str, start: int, stop: int) -> TextSt
             "config.data.test_fraction, or give more text"
         )
     return SliceStream(f"text/{split}", parent, start, stop)
-
-
-def _text_files(patterns: tuple[str, ...]) -> list[str]:
-    """Returns the non-empty files that the names or globs match, sorted, each once."""
-    if isinstance(patterns, str):
-        raise TypeError(
-            "config.data.files must be a tuple of file names or globs: got the string "
-            f"{patterns!r}; write ({patterns!r},)"
-        )
-    if not patterns:
-        raise ValueError(
-            "config.data.name='text' needs config.data.files: got (); "
-            "set it to file names or globs, e.g. ('~/books/*.txt',)"
-        )
-    found: set[str] = set()
-    for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        # A name may hold glob characters: an existing file is taken as it is.
-        names = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
-        files = [os.path.abspath(name) for name in names if os.path.isfile(name)]
-        if not files:
-            raise FileNotFoundError(
-                f"each entry of config.data.files must match a file: {pattern!r} matches none "
-                f"from {os.getcwd()}; correct the name or glob"
-            )
-        found.update(files)
-    files = [path for path in sorted(found) if os.path.getsize(path)]
-    if not files:
-        raise ValueError(
-            f"config.data.files must hold text: the {len(found)} files that {patterns} match "
-            "are empty; name other files"
-        )
-    return files
 
 
 def load_recall(config_data: DataConfig) -> Splits:
@@ -229,6 +208,7 @@ SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
     "text": load_text,
     "enwik8": lambda data: enwik8.load_enwik8(data.data_dir, download=data.download),
     "enwik8_4m": lambda data: enwik8.load_enwik8_4m(data.data_dir),
+    "text8": lambda data: enwik8.load_text8(data.data_dir),
     "pg19": lambda data: pg19.load_pg19(data.data_dir),
     "pg19_mini": lambda data: pg19.load_pg19_mini(data.data_dir),
     "pg19_tfds": lambda data: tfds_source.load_pg19_tfds(data.data_dir),
