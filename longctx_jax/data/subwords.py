@@ -25,9 +25,22 @@ from longctx_jax.data.tokens import Tokenizer, check_ids
 CHUNK_BYTES = 1 << 16  # text handed to the library at once
 BLOCK_BYTES = 1 << 22  # text of a long document in memory at once
 NOT_UTF8 = "\udc80-\udcff"  # U+DC80 + b: byte 80 + b that is not UTF-8
-
-
+TOKEN_CACHE_VARIABLE = "LONGCTX_TOKEN_CACHE"
 COMPANION = "tokenizer_config.json"  # beside a tokenizer.json: the ends of documents
+
+
+def token_folder(path: pathlib.Path, digest: str) -> pathlib.Path:
+    """Returns where encoded text is kept: `FILE.tokens` beside the vocabulary, if that can be.
+
+    Else, or for a vocabulary that lies read-only, `$LONGCTX_TOKEN_CACHE` or
+    `~/.cache/longctx_jax/tokens`, in a folder named by the vocabulary's file and digest.
+    """
+    beside = path.with_name(f"{path.name}.tokens")
+    chosen = os.environ.get(TOKEN_CACHE_VARIABLE, "")
+    if not chosen and os.access(beside if beside.exists() else beside.parent, os.W_OK):
+        return beside
+    root = pathlib.Path(chosen or "~/.cache/longctx_jax/tokens").expanduser()
+    return root / f"{path.name}-{digest[:16]}"
 
 
 class SubwordTokenizer:
@@ -130,7 +143,7 @@ class SubwordTokenizer:
                 "text": fingerprint(stream),
             }
             encoded = load_or_encode(
-                self._path.with_name(f"{self._path.name}.tokens"),
+                token_folder(self._path, self._digest),
                 key,
                 self._encode_documents(stream),
                 self.vocab_size,

@@ -74,9 +74,8 @@ def load_or_encode(
         write_atomically(path, functools.partial(_write, key, documents, np.dtype(dtype)))
     except PermissionError as error:
         raise PermissionError(
-            f"the folder of the tokenizer must be writable, to keep encoded text in: {folder} is "
-            f"not ({error}); copy the tokenizer to another folder and set config.data.tokenizer to "
-            "it"
+            f"the folder for encoded text must be writable: {folder} is not ({error}); set "
+            "LONGCTX_TOKEN_CACHE to one that is"
         ) from error
     return _load(path, key, vocab_size)
 

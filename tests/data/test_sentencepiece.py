@@ -279,7 +279,7 @@ def test_a_folder_that_cannot_be_written_is_named(own_file, monkeypatch):
         raise PermissionError(13, "Permission denied", kwargs["dir"])
 
     monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    with pytest.raises(PermissionError, match=r"own\.model\.tokens.*config\.data\.tokenizer"):
+    with pytest.raises(PermissionError, match=r"own\.model\.tokens.*LONGCTX_TOKEN_CACHE"):
         ids_of(own_file)
 
 
@@ -434,3 +434,17 @@ def test_training_reads_the_first_bytes_only():
 def test_impossible_training_is_named(changes, match):
     with pytest.raises(ValueError, match=match):
         train(**changes)
+
+
+def test_encoded_text_goes_elsewhere_where_the_model_is_read_only(own_file, tmp_path, monkeypatch):
+    expected = ids_of(own_file)
+    for path in cache_files(own_file):
+        path.unlink()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(subwords.os, "access", lambda path, mode: False)
+    assert ids_of(own_file) == expected and cache_files(own_file) == []
+    (kept,) = (tmp_path / "home/.cache/longctx_jax/tokens").glob("own.model-*/*.tokens")
+    assert kept.stat().st_size > 0
+    monkeypatch.setenv("LONGCTX_TOKEN_CACHE", str(tmp_path / "chosen"))
+    assert ids_of(own_file) == expected
+    assert len(list((tmp_path / "chosen").glob("own.model-*/*.tokens"))) == 1
