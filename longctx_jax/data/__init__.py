@@ -15,7 +15,7 @@ from longctx_jax.data.pipeline import (
 from longctx_jax.data.recall import RECALL_NAMES, RowBatches, RowStream
 from longctx_jax.data.sources import SOURCES, load_source
 from longctx_jax.data.splits import SPLIT_NAMES, Splits
-from longctx_jax.data.streams import TextStream, count_words
+from longctx_jax.data.streams import FilesUnchanged, TextStream, count_words
 from longctx_jax.data.token_cache import fingerprint
 from longctx_jax.data.tokenizers import build_tokenizer, tokenize
 from longctx_jax.data.tokens import (
@@ -34,6 +34,7 @@ __all__ = [
     "SPLIT_NAMES",
     "Batch",
     "ByteTokenizer",
+    "FilesUnchanged",
     "RowBatches",
     "RowStream",
     "Splits",

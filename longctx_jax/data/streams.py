@@ -50,6 +50,11 @@ class TextStream(abc.ABC):
         self.n_bytes = int(n_bytes)
         self.document_starts = starts
 
+    @property
+    def mapped_files(self) -> Sequence[str]:
+        """The files whose bytes are read as long as the stream is used."""
+        return ()
+
     @abc.abstractmethod
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Returns bytes `start .. stop-1`, uint8, for a range that was checked."""
@@ -83,6 +88,12 @@ class ArrayStream(TextStream):
             raise TypeError(f"data must be uint8 [n_bytes]: {name} has {data.dtype} {data.shape}")
         super().__init__(name, data.size, np.asarray(document_starts))
         self._data = data
+
+    @property
+    def mapped_files(self) -> Sequence[str]:
+        """As of any stream."""
+        path = getattr(self._data, "filename", None)
+        return () if path is None else (os.fspath(path),)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._data[start:stop]
@@ -149,6 +160,11 @@ class FileStream(TextStream):
             pieces.append(self._open(index)[max(start, begin) - begin : end - begin])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    @property
+    def mapped_files(self) -> Sequence[str]:
+        """As of any stream."""
+        return self._paths
+
     def _open(self, index: int) -> np.ndarray:
         """Returns file `index` as a memory map, from the cache if it is there."""
         with self._lock:
@@ -190,8 +206,43 @@ class SliceStream(TextStream):
         self._parent = parent
         self._offset = start
 
+    @property
+    def mapped_files(self) -> Sequence[str]:
+        """As of any stream."""
+        return self._parent.mapped_files
+
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._parent.read(self._offset + start, self._offset + stop)
+
+
+class FilesUnchanged:
+    """Called later, raises if a file of a stream has been written since this object was made.
+
+    Mapped files are read as they are now: a text overwritten in place would go on as another one.
+    """
+
+    def __init__(self, stream: TextStream):
+        """Notes size, time and inode of the files."""
+        self._before = {path: _state(path) for path in stream.mapped_files}
+
+    def __call__(self) -> None:
+        """Raises ValueError naming the first file that has changed; costs a `stat` a file."""
+        for path, state in self._before.items():
+            now = _state(path)
+            if now is not None and now != state:
+                raise ValueError(
+                    f"a text must not change while a run reads it: {path} has been written since "
+                    "the start; put the old file back and start again, which goes on from the "
+                    "last checkpoint"
+                )
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:  # gone: what is mapped stays readable
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def require_utf8(data: np.ndarray, path: str | os.PathLike) -> None:

@@ -31,6 +31,7 @@ def train_data(config: Any, splits: data.Splits, rows: tuple[int, int] | None = 
         is_bytes=data.each_token_is_a_byte(tokens),
         fingerprint=_digest(stream),
         inputs=inputs_of(config, splits),
+        require_unchanged=data.FilesUnchanged(stream),
     )
 
 

@@ -58,6 +58,7 @@ class TrainData:
     is_bytes: bool  # one token is one byte, so the training loss has a bits-per-byte
     fingerprint: str = ""  # of the text; a run goes on only with the text it began with
     inputs: Inputs = Inputs()  # it, the other texts and the tokenizer
+    require_unchanged: Callable[[], None] = lambda: None  # raises if the text was overwritten
 
 
 def train(
@@ -241,6 +242,7 @@ class _Run:
     def _save(self) -> None:
         with self.reporter.aside():  # a state that is not finite must never be saved
             start = time.monotonic()
+            self.data.require_unchanged()  # or it would be saved as trained on the old text
             self.checkpointer.save(
                 self.step, self.state, self.config.to_dict(), fingerprint=self.data.fingerprint
             )

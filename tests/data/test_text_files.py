@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pyarrow
@@ -134,3 +135,18 @@ def test_text8_is_checked_and_cut(make_config, tmp_path, monkeypatch):
     (tmp_path / "text8").write_bytes(b"a" * 99)
     with pytest.raises(ValueError, match="must have 100 bytes"):
         data.load_source(config)
+
+
+def test_a_text_that_is_overwritten_is_noticed(make_config, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("the old text " * 10)
+    stream = load(make_config, path, test_fraction=0.2)["train"]
+    require_unchanged = data.FilesUnchanged(stream)
+    require_unchanged()
+    with path.open("r+") as file:  # in place: what is mapped is another text now
+        file.write("another one")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"must not change while a run reads it: .*a\.txt"):
+        require_unchanged()
+    path.unlink()
+    require_unchanged()

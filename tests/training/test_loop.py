@@ -1,5 +1,6 @@
 """The loop: exact resumption, signals, non-finite losses, work directories, init_from."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -291,3 +292,16 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path, splits):
     path.write_text(json.dumps({**known, "texts": {**known["texts"], "validation": "0" * 64}}))
     with pytest.raises(ValueError, match="text of split 'validation' must be the one of the run"):
         run(tmp_path, splits, train__n_steps=4, train__checkpoint_every=2)
+
+
+def test_an_overwritten_text_is_never_saved(tmp_path, splits):
+    config = tiny_config(train__n_steps=4, train__checkpoint_every=2)
+    model = build_model(config.model)
+
+    def changed():
+        raise ValueError("a text must not change while a run reads it")
+
+    of_config = dataclasses.replace(train_data(config, splits), require_unchanged=changed)
+    with pytest.raises(ValueError, match="must not change"):
+        loop.train(config, tmp_path, model, of_config, lambda state: {"bits_per_byte": 1.0})
+    assert Checkpointer(tmp_path, is_read_only=True).steps() == []
