@@ -160,12 +160,6 @@ FAST_GRADIENTS = ["gated_retention_alone", "mamba1_one_layer"]
 ONE_EACH = [*FAST_LOGITS, "gated_retention", "lightning", "transnormer", "mamba1", "rmt"]
 
 
-def rounds_constants(name):
-    """Whether the case has constants that the models keep in float32 whatever their dtype."""
-    c = CASES[name][1]
-    return "vq" in c and c["vq"].get("position") != "none"
-
-
 def cases(names, fast=()):
     """Parameters with the marks of their names."""
     for name in names:
@@ -228,8 +222,7 @@ def test_logits(name):
     model, variables, tokens = make_case(name)
     logits = model.apply(variables, tokens).logits
     assert logits.dtype == jnp.float64
-    rel_rms = 1e-7 if rounds_constants(name) else 1e-12
-    assert_close(logits, transcribe(name, variables, tokens), rel_rms=rel_rms)
+    assert_close(logits, transcribe(name, variables, tokens), rel_rms=1e-12)
 
 
 @pytest.mark.parametrize("name", list(cases(CASES, fast=FAST_GRADIENTS)))
@@ -249,15 +242,13 @@ def test_logits_and_gradients(name):
     gradients, logits = run(variables["params"])
     sg = StopGradient()
     expected = transcribe(name, variables, tokens, sg)
-    is_rounded = rounds_constants(name)
-    assert_close(logits, expected, rel_rms=1e-7 if is_rounded else 1e-12)
+    assert_close(logits, expected, rel_rms=1e-12)
 
     def loss(params):
         moved = transcribe(name, {**variables, "params": params}, tokens, sg.rewind())
         return np.sum(weights * moved)
 
-    tolerance = 1e-5 if is_rounded else 1e-7
-    check_gradients(loss, variables["params"], gradients, tolerance)
+    check_gradients(loss, variables["params"], gradients, 1e-7)
 
 
 @pytest.mark.slow
@@ -299,9 +290,8 @@ def test_logits_in_several_calls(name):
         out = apply(variables, tokens[:, first:last], cache)
         cache = out.cache
         pieces.append(np.asarray(out.logits))
-    rel_rms = 1e-7 if rounds_constants(name) else 1e-12
     expected = transcribe(name, variables, tokens)
-    assert_close(np.concatenate(pieces, axis=1), expected, rel_rms=rel_rms)
+    assert_close(np.concatenate(pieces, axis=1), expected, rel_rms=1e-12)
 
 
 @pytest.mark.slow
@@ -313,14 +303,3 @@ def test_float32_logits(name):
     logits = model.apply(variables, tokens).logits
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
     assert_close(logits, transcribe(name, wide, tokens), rel_rms=4e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="the relative positions' sinusoids are float32 in a float64 model"
-)
-@in_float64
-def test_known_rounding_in_float64():
-    model, variables, tokens = make_case("vq_mha_relative")
-    logits = model.apply(variables, tokens).logits
-    assert_close(logits, transcribe("vq_mha_relative", variables, tokens), rel_rms=1e-12)

@@ -298,9 +298,13 @@ def keys_of_blocks(model, variables, tokens, cache, monkeypatch):
         return call_module(module, params, *args, **options)
 
     monkeypatch.setattr(cells, "call_module", spy)
-    hidden = Decoder.hidden.__wrapped__  # not what is compiled already  # pyright: ignore
-    options = {"rngs": {"dropout": jax.random.key(1)}, "train": True}
-    jax.block_until_ready(jax.jit(lambda: hidden(model, variables, tokens, cache, **options))())
+    hidden = Decoder._hidden.__wrapped__  # not what is compiled already  # pyright: ignore
+    given = (cache, None, None, {"dropout": jax.random.key(1)}, None)
+
+    def run():
+        return hidden(model, variables, tokens, *given, train=True, outputs="all")
+
+    jax.block_until_ready(jax.jit(run)())
     jax.effects_barrier()
     monkeypatch.undo()
     return keys

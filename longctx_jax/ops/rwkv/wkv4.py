@@ -93,8 +93,8 @@ def wkv4(
         out, last = run(*wide, before, reset, chunk_len)
         return out.astype(value.dtype), last
     poison = find_poison(is_bad(key) | is_bad(value), reset, before)
-    key, value, *weights = wide
-    tokens = (poison.clean(key), poison.clean(value))
+    wide_key, wide_value, *weights = wide
+    tokens = (poison.clean(wide_key), poison.clean(wide_value))
     out, last = run(*tokens, *weights, poison.clean_state(before), reset, chunk_len)
     return poison.spread(out.astype(value.dtype)), WKV4State(*poison.spread_state(tuple(last)))
 
