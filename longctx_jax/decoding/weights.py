@@ -98,15 +98,36 @@ def _uses(jaxpr: core.Jaxpr, var: Any) -> Iterator[Any]:
 
 def _uses_inside(jaxpr: core.Jaxpr, equation: Any, place: int) -> Iterator[Any]:
     """As `_uses`, of the operand of a call, or of a loop that reads it whole or by slices."""
-    params = equation.params
     is_loop = equation.primitive.name == "scan"
-    if is_loop and 0 <= place - params["num_consts"] < params["num_carry"]:
+    found = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    inner = getattr(found, "jaxpr", found)
+    if is_loop and place in _carried(equation, inner):
         yield None
         return
-    found = params.get("jaxpr", params.get("call_jaxpr"))
-    inner = getattr(found, "jaxpr", found)
     for use in _uses(inner, inner.invars[place]):
         if isinstance(use, _Result) and not is_loop:
             yield from _uses(jaxpr, equation.outvars[use.place])
         else:
             yield use
+
+
+def _carried(equation: Any, inner: core.Jaxpr) -> range:
+    """Returns the places of the operands that a loop carries, between its constants and slices.
+
+    By ranks: slices and stacked results have one axis fewer inside. (How the parameters of the
+    primitive say it changes with the version of JAX.)
+    """
+    n_slices = sum(
+        _rank(outside) > _rank(within)
+        for outside, within in zip(equation.invars, inner.invars, strict=True)
+    )
+    n_carried = sum(
+        _rank(outside) == _rank(within)
+        for outside, within in zip(equation.outvars, inner.outvars, strict=True)
+    )
+    stop = len(equation.invars) - n_slices
+    return range(stop - n_carried, stop)
+
+
+def _rank(var: Any) -> int:
+    return len(var.aval.shape)

@@ -74,7 +74,7 @@ def test_perplexity_per_word_is_the_published_one(scheme, kind, tmp_path):
     [
         pytest.param("transformer", 2, 12, marks=pytest.mark.slow),
         pytest.param("decay", 1, 7, marks=pytest.mark.slow),
-        ("decay", 4, 30),
+        pytest.param("decay", 4, 30, marks=pytest.mark.slow),
     ],
 )
 def test_each_sample_is_predicted_from_nothing_before(scheme, batch_size, seq_len):

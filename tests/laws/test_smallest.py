@@ -9,8 +9,9 @@ import pytest
 
 from longctx_jax.models import build_model
 from tests.helpers import assert_close, random_variables
-from tests.laws.cases import MIXERS, fields_of, over_mixers
+from tests.laws.cases import CASES, MIXERS, fields_of, laws
 
+over_mixers = pytest.mark.parametrize("name", laws(CASES, fast=("running_mean-mean",)))
 LENGTHS = ("window_len", "chunk_len", "block_len", "codebook_size", "d_state", "conv_len")
 RANKS = ("shift_rank", "decay_rank", "step_rank")
 
@@ -29,7 +30,7 @@ def smallest(name, size):
     return fields_of(name, **sizes, **{kind: own})
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 @over_mixers
 def test_split_law_and_gradients(name, size):
     model = build_model(smallest(name, size), MIXERS)

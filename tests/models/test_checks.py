@@ -39,10 +39,9 @@ def test_rows_are_never_broadcast(name):
             jax.eval_shape(model.apply, variables, TOKENS, None, **{field: one})
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shape", [(3, 0), (0, 4), (4,)], ids=str)
-def test_an_empty_call_is_refused(name, shape):
-    model, variables = make(name)
+def test_an_empty_call_is_refused(shape):
+    model, variables = make()
     with pytest.raises(ValueError, match="at least one row and one token"):
         jax.eval_shape(model.apply, variables, np.zeros(shape, np.int32))
 
@@ -108,7 +107,7 @@ def test_float64_without_64_bits_is_refused():
     assert in_float64(lambda: model.apply(variables, TOKENS).logits.dtype)() == jnp.float64
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["inattention", "stagformer", "armt"])  # mixers: tests/laws
 def test_parameters_are_float32_where_64_bits_are_enabled(name):
     model, _ = make(name)
     shapes = in_float64(lambda: jax.eval_shape(model.init, jax.random.key(0)))()

@@ -143,7 +143,7 @@ def test_every_schedule_is_the_grid_by_hand(schedule, pattern, n_segments, n_lay
 
 @pytest.mark.parametrize(
     "schedule",
-    [s if s == "diagonal" else pytest.param(s, marks=pytest.mark.slow) for s in SCHEDULES],
+    [pytest.param(s, marks=pytest.mark.slow) for s in SCHEDULES],
 )
 def test_one_program_serves_every_number_of_segments(schedule):
     cells, params, caches, xs = make_problem(("cell", "other"), 4, 4)

@@ -220,7 +220,7 @@ def test_any_mixer_and_schedule(name, changes):
     assert_close(logits, expected, rel_rms=1e-7)  # decay powers are float32
 
 
-@variants(["separate", "shared", "memory"], fast=["separate"])
+@variants(["separate", "shared", "memory"], fast=[])
 @in_float64
 def test_lanes_are_the_stacks_one_after_the_other(name):
     """The same logits, and the same caches of every stack."""

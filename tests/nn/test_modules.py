@@ -457,7 +457,7 @@ def test_decays_of_minimax_and_transnormer_are_two_rules():
     assert np.isfinite(log_decays_by_layer("lightning", "minimax", 1, 2)).all()
 
 
-@pytest.mark.parametrize("kind", ["learned", "gated"])
+@pytest.mark.parametrize("kind", ["learned", pytest.param("gated", marks=pytest.mark.slow)])
 def test_decays_of_many_heads_start_finite(kind):
     """The slowest of 1,100 heads would forget 2^-1105: their logarithm is taken in float64."""
     n_heads = 1100

@@ -83,7 +83,9 @@ def test_bits_per_byte():
     assert bits_per_byte(8 * math.log(2.0), 4) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("chunk_len", "bad"), [(0, "hidden"), (4, "target")])
+@pytest.mark.parametrize(
+    ("chunk_len", "bad"), [(0, "hidden"), pytest.param(4, "target", marks=pytest.mark.slow)]
+)
 def test_what_has_no_weight_counts_nothing(chunk_len, bad):
     """Neither a target outside the vocabulary (-100) nor activations that are NaN or inf."""
     weights = np.ones((BATCH, SEQ), np.float32)
