@@ -51,6 +51,7 @@ class HFTokenizer(SubwordTokenizer):
     """The tokens of a `tokenizer.json` that covers all bytes."""
 
     kind = "a tokenizer.json"
+    companions = (CONFIG_FILE,)
     remedy = "use one whose normaliser keeps text, or set config.data.tokenizer='bytes'"
 
     def __init__(self, path: str | os.PathLike[str]):

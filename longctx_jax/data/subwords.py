@@ -26,7 +26,6 @@ CHUNK_BYTES = 1 << 16  # text handed to the library at once
 BLOCK_BYTES = 1 << 22  # text of a long document in memory at once
 NOT_UTF8 = "\udc80-\udcff"  # U+DC80 + b: byte 80 + b that is not UTF-8
 TOKEN_CACHE_VARIABLE = "LONGCTX_TOKEN_CACHE"
-COMPANION = "tokenizer_config.json"  # beside a tokenizer.json: the ends of documents
 
 
 def token_folder(path: pathlib.Path, digest: str) -> pathlib.Path:
@@ -51,6 +50,7 @@ class SubwordTokenizer:
 
     kind = "a sub-word tokenizer"  # in messages
     remedy = "use another one"
+    companions: tuple[str, ...] = ()  # files beside the vocabulary's that are read with it
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class SubwordTokenizer:
         self._path = path
         self._digest = digest
         self.identity = f"{digest} {separator_id} {start_id}"
-        companion = path.with_name(COMPANION)
-        self.files = (path, companion) if companion.is_file() else (path,)
+        beside = [path.with_name(name) for name in self.companions]
+        self.files = (path, *(other for other in beside if other.is_file()))
         self._texts = texts
         self._n_bytes = np.array([len(text) for text in texts], np.int64)
         self._byte_ids = byte_ids

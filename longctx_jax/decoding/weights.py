@@ -105,10 +105,12 @@ def _uses_inside(jaxpr: core.Jaxpr, equation: Any, place: int) -> Iterator[Any]:
         yield None
         return
     for use in _uses(inner, inner.invars[place]):
-        if isinstance(use, _Result) and not is_loop:
-            yield from _uses(jaxpr, equation.outvars[use.place])
-        else:
+        if not isinstance(use, _Result):
             yield use
+        elif is_loop:  # stacked, or carried on: not the weight any more
+            yield None
+        else:
+            yield from _uses(jaxpr, equation.outvars[use.place])
 
 
 def _carried(equation: Any, inner: core.Jaxpr) -> range:

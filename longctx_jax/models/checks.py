@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from longctx_jax.typing import PyTree
-
 
 def require_precision(dtype: str) -> None:
     """Raises ValueError if the model's dtype would silently become another one."""
@@ -59,23 +57,6 @@ def require_call(
             )
     if segment_ids is not None:
         _require_segment_ids(segment_ids)
-
-
-def require_same_rows(name: str, like: str, n_rows: int, tree: PyTree) -> None:
-    """Raises ValueError unless every array of `tree` has n_rows rows: nothing is broadcast.
-
-    Args:
-        name: of the argument that `tree` is.
-        like: of the argument whose rows are counted.
-        n_rows: its rows.
-        tree: arrays with leading rows, or None.
-    """
-    for leaf in jax.tree.leaves(tree):
-        if np.ndim(leaf) == 0 or np.shape(leaf)[0] != n_rows:
-            raise ValueError(
-                f"{name} must have as many rows as {like}, {n_rows}: got shape {np.shape(leaf)}; "
-                "rows are never broadcast"
-            )
 
 
 def _require_segment_ids(segment_ids: Any) -> None:

@@ -274,13 +274,12 @@ class Decoder:
         x, after, aux = self._body.apply(
             self.config, params, state["stack"], x, documents, before, **options
         )
+        n = {"all": seq, "last": 1, "none": 0}[outputs]
+        picked = slice(seq - n, seq) if at is None else at
         # Layers that read embeddings alone pass nothing else on to later tokens.
         is_broken = jnp.zeros((batch,), bool)
         if not self._body.picks_outputs:
-            is_broken = ~jnp.all(jnp.isfinite(x[:, -1]), axis=-1)
-        n = {"all": seq, "last": 1, "none": 0}[outputs]
-        picked = slice(seq - n, seq) if at is None else at
-        if not self._body.picks_outputs:
+            is_broken = is_bad(x[:, -1:])[:, 0]
             x = x[:, picked]
         if poison is not None:
             is_broken |= poison.reached[:, -1]

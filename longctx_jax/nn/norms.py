@@ -30,9 +30,8 @@ class RMSNorm(nn.Module):
         y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         y = y.reshape(x.shape)
         if self.use_scale:
-            y = y * per_channel(
-                self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32), y
-            )
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+            y = y * per_channel(scale, y)
         return y.astype(self.dtype)
 
 

@@ -8,7 +8,8 @@ is gone, the copy takes its place. Runs of earlier versions have no such file an
 
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from absl import logging
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
     """
 
     tokenizer: str = ""
-    texts: dict[str, str] = {}  # noqa: RUF012
+    texts: Mapping[str, str] = MappingProxyType({})
     files: tuple[pathlib.Path, ...] = ()
 
 
@@ -78,7 +79,7 @@ def require_same_text(workdir: pathlib.Path, split: str, before: str, now: str) 
 def write_inputs(workdir: pathlib.Path, inputs: Inputs) -> None:
     """Writes what the run reads into its folder, and the copy of its tokenizer."""
     before = read_inputs(workdir)
-    texts = inputs.texts if before is None else {**before.texts, **inputs.texts}
+    texts = {**({} if before is None else before.texts), **inputs.texts}
     run_files.write_json(
         workdir / run_files.INPUTS, {"tokenizer": inputs.tokenizer, "texts": texts}
     )

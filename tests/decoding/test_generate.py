@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx_jax.decoding import NonFiniteLogitsError, cast_weights, generate
+from longctx_jax.decoding import NonFiniteLogitsError, cast_weights, generate, weights
 from longctx_jax.decoding.sampling import Sampling, filter_logits, sample
 from longctx_jax.models import build_model
 from longctx_jax.models.decoder import Decoder
@@ -226,3 +226,19 @@ def test_every_model_decodes_in_bfloat16(name):
     logits = np.asarray(wide.apply(variables, text).logits)[:, 9:-1]
     chosen = np.take_along_axis(logits, found[..., None], axis=-1)[..., 0]
     assert np.all(logits.max(axis=-1) - chosen < 0.5 * logits.std())
+
+
+def test_a_weight_that_a_loop_hands_on_is_computed_with():
+    """Where a loop stacks or carries a weight, its later uses are not seen: it stays as it is."""
+
+    def inner(w, other):
+        _, stacked = jax.lax.scan(lambda c, _: (c, w), 0.0, jnp.arange(2))
+        return other, stacked
+
+    def use(w, other):
+        other, stacked = jax.jit(inner)(w, other)
+        return other.astype(jnp.bfloat16), stacked[0] + 1.0
+
+    jaxpr = jax.make_jaxpr(use)(jnp.ones(3), jnp.ones(3)).jaxpr
+    assert list(weights._uses(jaxpr, jaxpr.invars[0])) == [None]
+    assert list(weights._uses(jaxpr, jaxpr.invars[1])) == [jnp.bfloat16]

@@ -84,7 +84,7 @@ def attention_to_self(
     wide = accumulator(query)
     scores = factor * jnp.sum(query.astype(wide) * key.astype(wide), axis=-1)
     if relative_bias is not None:
-        scores += distance_bias(relative_bias, jnp.zeros((1, 1), jnp.int32))[None, :, 0, 0][:, None]
+        scores += distance_bias(relative_bias, jnp.zeros((), jnp.int32)).reshape(1, 1, -1)
     return Partial(value, scores)
 
 

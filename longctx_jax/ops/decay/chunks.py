@@ -97,9 +97,8 @@ def end_factors(
     if pieces.sums is None:
         length = pieces.length[..., None]
         read = decay_power(log_decay, time + 1)
-        write = jnp.moveaxis(
-            decay_power(log_decay, length - 1 - time.reshape(*[1] * (length.ndim - 1), -1)), 0, -2
-        )
+        left = length - 1 - time.reshape(*[1] * (length.ndim - 1), -1)
+        write = jnp.moveaxis(decay_power(log_decay, left), 0, -2)
         forget = jnp.moveaxis(decay_power(log_decay, pieces.length), 0, -1)
     else:
         sums = pieces.sums

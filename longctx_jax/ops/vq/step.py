@@ -38,9 +38,8 @@ def step(
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, d_key)
     position = state.position[:, None]
     # Slot p % window holds the newest position congruent to it.
-    distance = (
-        position - 1 - jnp.arange(window)[None]
-    ) % window + 1  # [batch, window], 1 .. window
+    age = (position - 1 - jnp.arange(window)[None]) % window
+    distance = age + 1  # [batch, window], 1 .. window
     visible = state.documents == token.documents
     score = functools.partial(product, dtype=dtype)
 
